@@ -1,0 +1,208 @@
+"""House rules that a type checker does not see: who imports whom, file sizes, a light import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import effx_dist
+from effx_dist.errors import MissingEngineError
+
+ROOT = Path(__file__).parent.parent
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_PUBLIC_NAMES = 12
+
+# Each unit may import itself and what stands above it here; units in one line are peers.
+LAYERS = [
+    ["errors"],
+    ["config"],
+    ["core", "codecs"],
+    ["shard"],
+    ["data", "optim", "checkpoint"],
+    ["engines"],
+    ["report"],
+    ["cli", "launch"],
+]
+LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+
+# Only engines/<key>.py may import these; launch/ holds user's scripts, which call their engine.
+ENGINES = {
+    "fsdp2": ("torch.distributed.fsdp", "torch.distributed._composable.fsdp"),
+    "deepspeed": ("deepspeed",),
+    "megatron": ("megatron",),
+}
+
+PACKAGE = sorted((ROOT / "effx_dist").rglob("*.py"))
+LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*PACKAGE, *LAUNCH]}
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def unit_of(path: Path) -> str:
+    """Name the entry of LAYERS that a file belongs to; effx_dist/__init__.py is "effx_dist"."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "launch":
+        return "launch"
+    return "effx_dist" if parts[1] == "__init__" else parts[1]
+
+
+def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of every import anywhere; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield what `imported_names` does, and attribute chains such as torch.distributed.fsdp."""
+    yield from imported_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+
+
+def imported_unit(name: str) -> str | None:
+    """Name the unit that an import reaches, None if it is not ours."""
+    top, *rest = name.split(".")
+    if top == "launch":
+        return "launch"
+    if top != "effx_dist" or rest == ["__version__"]:
+        return None
+    return rest[0] if rest and rest[0] in LEVEL else "effx_dist"
+
+
+def may_import(importer: str, imported: str) -> bool:
+    if importer == imported or importer == "effx_dist":
+        return True
+    if imported == "effx_dist":  # the public names, which are for users
+        return importer == "launch"
+    return LEVEL[imported] < LEVEL[importer]
+
+
+def is_engine(name: str, engine: str) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in ENGINES[engine])
+
+
+def test_every_file_has_its_place() -> None:
+    assert len(PACKAGE) > 3
+    strays = {shown(path) for path in TREES if unit_of(path) not in {*LEVEL, "effx_dist"}}
+    assert not strays, f"not in a layer: {strays}"
+
+
+def test_imports_run_downwards() -> None:
+    wrong = [
+        f"{shown(path)}:{line} imports {name}"
+        for path, tree in TREES.items()
+        for line, name in imported_names(tree)
+        if (unit := imported_unit(name)) is not None and not may_import(unit_of(path), unit)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_its_adapter_uses_an_engine() -> None:
+    wrong = [
+        f"{shown(path)}:{line} uses {name}"
+        for path in PACKAGE
+        for line, name in used_names(TREES[path])
+        for engine in ENGINES
+        if is_engine(name, engine) and shown(path) != f"effx_dist/engines/{engine}.py"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rules_find_what_they_forbid() -> None:
+    """The two tests above pass on an empty list; make sure that they could fail."""
+    source = (
+        "from effx_dist.data import x\nif 1:\n    import torch\n    torch.distributed.fsdp.f()\n"
+    )
+    names = [name for _, name in used_names(ast.parse(source))]
+    assert not may_import("optim", imported_unit(names[0]) or "")
+    assert any(is_engine(name, "fsdp2") for name in names)
+    assert not is_engine("deepspeed_extra", "deepspeed")
+    assert may_import("data", "shard")
+    assert not may_import("shard", "data")
+    assert not may_import("optim", "effx_dist")
+
+
+def test_files_are_short() -> None:
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in [*PACKAGE, *LAUNCH, *TESTS]
+    }
+    too_long = {shown(path): n for path, n in lengths.items() if n > MAX_FILE_LINES}
+    assert not too_long, f"over {MAX_FILE_LINES} lines: {too_long}"
+
+
+def test_functions_are_short() -> None:
+    too_long = [
+        f"{shown(path)}:{node.lineno} {node.name} has {length} lines"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES  # type: ignore[operator]
+    ]
+    assert not too_long, "\n".join(too_long)
+
+
+def test_the_library_reads_no_environment_variables() -> None:
+    wrong = [
+        f"{shown(path)}:{line} uses {name}"
+        for path in PACKAGE
+        for line, name in used_names(TREES[path])
+        if name.startswith(("os.environ", "os.getenv"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def run_python(source: str) -> str:
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light_and_a_public_name_resolves() -> None:
+    heavy = ("torch", "numpy", "pydantic", "deepspeed", "megatron")
+    loaded = f"[name for name in {heavy} if name in sys.modules]"
+    assert run_python(f"import sys, effx_dist; print({loaded})").strip() == "[]"
+    source = f"import sys; from effx_dist import EffxConfig; print(EffxConfig.__name__, {loaded})"
+    assert run_python(source).strip() == "EffxConfig ['pydantic']"
+
+
+@pytest.mark.parametrize("name", effx_dist.__all__)
+def test_a_public_name_resolves_and_is_listed(name: str) -> None:
+    value = getattr(effx_dist, name)
+    assert value.__name__.rpartition(".")[2] == name
+    assert name in dir(effx_dist)
+
+
+def test_the_public_names_are_few() -> None:
+    public = {*effx_dist.__all__, *effx_dist._OPTIONAL_ENGINES}
+    assert public == {*effx_dist._HOMES, *effx_dist._SUBMODULES, *effx_dist._OPTIONAL_ENGINES}
+    assert len(public) <= MAX_PUBLIC_NAMES
+
+
+@pytest.mark.parametrize("engine", effx_dist._OPTIONAL_ENGINES)
+def test_an_engine_that_is_absent_says_so(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, engine, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, effx_dist._OPTIONAL_ENGINES[engine], raising=False)
+    monkeypatch.delitem(vars(effx_dist), engine, raising=False)
+    with pytest.raises(MissingEngineError, match=rf"effx_dist\.{engine}: "):
+        getattr(effx_dist, engine)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    assert not hasattr(effx_dist, "no_such_name")
