@@ -1,0 +1,40 @@
+"""Who holds which part of which whole tensor, and how the holders talk to each other."""
+
+from effx_dist.shard.box import (
+    Box,
+    boxes_to_flat_range,
+    flat_range_to_boxes,
+    flat_start,
+    whole_box,
+)
+from effx_dist.shard.group import Group, SoloGroup, ThreadGroup, TorchGroup, as_group, run_ranks
+from effx_dist.shard.piece import (
+    Piece,
+    ShardMap,
+    WholeTensor,
+    local_of,
+    pieces_of_flat_range,
+    pieces_of_tensor,
+)
+from effx_dist.shard.rows import LocalRows
+
+__all__ = [
+    "Box",
+    "Group",
+    "LocalRows",
+    "Piece",
+    "ShardMap",
+    "SoloGroup",
+    "ThreadGroup",
+    "TorchGroup",
+    "WholeTensor",
+    "as_group",
+    "boxes_to_flat_range",
+    "flat_range_to_boxes",
+    "flat_start",
+    "local_of",
+    "pieces_of_flat_range",
+    "pieces_of_tensor",
+    "run_ranks",
+    "whole_box",
+]

@@ -1,0 +1,214 @@
+"""The ranks that talk to each other: one interface, alone, as threads, or over torch.distributed.
+
+Every method but ``rank`` and ``size`` is a collective: all ranks of the group call it in the same
+order.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from effx_dist.errors import RankFailedError
+
+ReduceOp = Literal["sum", "max", "min"]
+T = TypeVar("T")
+
+_REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda stacked: stacked.sum(dim=0, dtype=stacked.dtype),
+    "max": lambda stacked: stacked.amax(dim=0),
+    "min": lambda stacked: stacked.amin(dim=0),
+}
+
+
+class Group(ABC):
+    """Ranks ``0 .. size - 1`` and this one's place among them."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        """Reduce ``tensor`` (same shape and dtype on every rank) in place; return it."""
+
+    @abstractmethod
+    def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Send the 1-D ``send[r]`` to rank r; return what each rank sent here. Lengths may differ,
+        dtypes not."""
+
+    @abstractmethod
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's ``value``, by rank. For small host objects."""
+
+    def broadcast_object(self, value: T, root: int = 0) -> T:
+        """Rank ``root``'s ``value``, on every rank."""
+        return self.all_gather_object(value if self.rank == root else None)[root]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.all_gather_object(None)
+
+    def raise_if_any_failed(self, error: BaseException | None) -> None:
+        """Tell all ranks of one rank's ``error``; raise RankFailedError on all if there is one.
+
+        One small gather. Called between the stages of a save, so that no rank waits for one that
+        gave up.
+        """
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        failures = {r: t for r, t in enumerate(self.all_gather_object(told)) if t is not None}
+        if failures:
+            raise RankFailedError(failures) from error
+
+
+class SoloGroup(Group):
+    """One process on its own. No communication is performed."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        return tensor
+
+    def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [send[0].clone()]
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return [value]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SoloGroup)
+
+    def __hash__(self) -> int:
+        return hash(SoloGroup)
+
+
+class ThreadGroup(Group):
+    """Ranks as threads of one process, for tests of rank logic: start them with
+    :func:`run_ranks`."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank = rank
+        self.size = len(slots)
+        self._slots = slots
+        self._barrier = barrier
+
+    def _exchange(self, value: Any) -> list[Any]:
+        try:
+            self._slots[self.rank] = value
+            self._barrier.wait()
+            values = list(self._slots)
+            self._barrier.wait()  # nobody overwrites a slot that another rank still reads
+        except threading.BrokenBarrierError as error:
+            raise RankFailedError({self.rank: "another rank of this group left early"}) from error
+        return values
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        values = self._exchange(tensor.clone())
+        return tensor.copy_(_REDUCE[op](torch.stack(values)))
+
+    def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        rows = self._exchange([part.clone() for part in send])
+        return [row[self.rank] for row in rows]
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return self._exchange(value)
+
+
+def run_ranks(size: int, body: Callable[[Group], T], timeout_s: float = 60.0) -> list[T]:
+    """Run ``body(group)`` in ``size`` threads and return its results by rank.
+
+    The first error of a rank is raised here; the other ranks are released instead of waiting for
+    it.
+    """
+    slots: list[Any] = [None] * size
+    barrier = threading.Barrier(size, timeout=timeout_s)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = body(ThreadGroup(rank, slots, barrier))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+class TorchGroup(Group):
+    """A torch.distributed process group. Host tensors travel through the device that its backend
+    needs."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.process_group = process_group if process_group is not None else dist.group.WORLD
+        self.rank = dist.get_rank(self.process_group)
+        self.size = dist.get_world_size(self.process_group)
+        backend = dist.get_backend(self.process_group)
+        self._backend_is_nccl = "nccl" in backend and "gloo" not in backend
+
+    @classmethod
+    def dedicated(cls, timeout: timedelta = timedelta(minutes=10)) -> TorchGroup:
+        """A gloo group over all ranks that nothing else uses. Collective; every wait ends after
+        ``timeout``."""
+        return cls(dist.new_group(backend="gloo", timeout=timeout))
+
+    def _transport(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._backend_is_nccl and tensor.device.type == "cpu":
+            return tensor.to(torch.device("cuda", torch.cuda.current_device()))
+        if not self._backend_is_nccl and tensor.device.type != "cpu":
+            return tensor.cpu()
+        return tensor.contiguous()
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        moved = self._transport(tensor)
+        dist.all_reduce(moved, getattr(dist.ReduceOp, op.upper()), group=self.process_group)
+        return tensor if moved is tensor else tensor.copy_(moved)
+
+    def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        num_sent = torch.tensor([part.numel() for part in send], dtype=torch.int64)
+        num_received = self._exchange_flat(num_sent, [1] * self.size, [1] * self.size).tolist()
+        flat = torch.cat([part.reshape(-1) for part in send])
+        received = self._exchange_flat(flat, num_sent.tolist(), num_received)
+        return list(received.split(num_received))
+
+    def _exchange_flat(
+        self, flat: torch.Tensor, num_sent: list[int], num_received: list[int]
+    ) -> torch.Tensor:
+        source = self._transport(flat)
+        target = source.new_empty(sum(num_received))
+        dist.all_to_all_single(target, source, num_received, num_sent, group=self.process_group)
+        return target.to(flat.device)
+
+    def all_gather_object(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TorchGroup) and other.process_group is self.process_group
+
+    def __hash__(self) -> int:
+        return hash(id(self.process_group))
+
+
+def as_group(group: Group | dist.ProcessGroup | None) -> Group:
+    """A Group from what callers have: one already, a process group, or None for all ranks there
+    are."""
+    if isinstance(group, Group):
+        return group
+    if group is not None or (dist.is_available() and dist.is_initialized()):
+        return TorchGroup(group)
+    return SoloGroup()

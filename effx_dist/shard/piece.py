@@ -1,0 +1,169 @@
+"""The keel: which box of which whole tensor is on this rank, and which ranks hold the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from effx_dist.errors import LayoutMismatchError
+from effx_dist.shard.box import Box, flat_range_to_boxes, flat_start, whole_box
+from effx_dist.shard.group import Group, TorchGroup
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTensor:
+    """A whole (unsharded) tensor as all ranks know it.
+
+    ``groups``: the process groups over which its boxes are spread, one per sharded mesh axis.
+    Summing a statistic of the local pieces over each of them in turn gives that of the whole;
+    replicas are in none. Empty where every rank holds all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    groups: tuple[Group, ...] = field(default=(), compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One box of a whole tensor, held by this rank ``local_start`` elements into one of its local
+    tensors."""
+
+    whole: WholeTensor
+    box: Box
+    local_start: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Elements of this piece."""
+        return self.box.numel
+
+    def flat_view(self, local: torch.Tensor) -> torch.Tensor:
+        """This piece of the contiguous ``local`` as a 1-D view that shares its memory."""
+        return local.reshape(-1).narrow(0, self.local_start, self.numel)
+
+    def view(self, local: torch.Tensor) -> torch.Tensor:
+        """This piece of the contiguous ``local`` in the shape of its box, sharing memory."""
+        return self.flat_view(local).view(self.box.sizes)
+
+
+def pieces_of_flat_range(
+    whole: WholeTensor, start: int, stop: int, local_start: int = 0
+) -> tuple[Piece, ...]:
+    """The pieces of row-major elements ``[start, stop)`` of ``whole``, laid out from
+    ``local_start`` on."""
+    return tuple(
+        Piece(whole, box, local_start + flat_start(whole.shape, box) - start)
+        for box in flat_range_to_boxes(whole.shape, start, stop)
+    )
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The local tensor behind a DTensor (sharing memory), or the tensor itself. No communication is
+    performed."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def pieces_of_tensor(name: str, tensor: torch.Tensor) -> tuple[WholeTensor, tuple[Piece, ...]]:
+    """Describe a plain tensor (whole on this rank) or a DTensor (FSDP2, tensor parallel).
+
+    Returns the whole tensor and this rank's pieces of it: none where its shard is empty or it is
+    outside the mesh. Raises LayoutMismatchError for a DTensor with a pending (Partial) reduction.
+    No communication is performed.
+    """
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        whole = WholeTensor(name, shape)
+        return whole, (Piece(whole, whole_box(shape)),) if whole.numel else ()
+    whole = WholeTensor(name, shape, _sharding_groups(name, tensor))
+    if tensor.device_mesh.get_coordinate() is None:
+        return whole, ()
+    boxes = [Box(tuple(c.offsets), tuple(c.sizes)) for c in tensor.__create_chunk_list__()]
+    pieces, local_start = [], 0
+    for box in boxes:
+        if box.numel:
+            pieces.append(Piece(whole, box, local_start))
+            local_start += box.numel
+    return whole, tuple(pieces)
+
+
+def _sharding_groups(name: str, tensor: DTensor) -> tuple[Group, ...]:
+    mesh = tensor.device_mesh
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise LayoutMismatchError(
+            f"{name}: placements {tensor.placements} hold a pending reduction; "
+            "redistribute it to Shard or Replicate first"
+        )
+    if mesh.get_coordinate() is None:
+        return ()
+    return tuple(
+        TorchGroup(mesh.get_group(axis))
+        for axis, placement in enumerate(tensor.placements)
+        if not placement.is_replicate() and mesh.size(axis) > 1
+    )
+
+
+class ShardMap:
+    """For a list of local tensors: the pieces in each, and all whole tensors in an order that all
+    ranks share.
+
+    Args:
+        wholes: every whole tensor of the list's ranks, also those that this rank holds nothing of;
+            the same names in the same order on every rank. pieces: for each local tensor, its
+            pieces. Local elements that no piece covers are padding.
+    """
+
+    def __init__(self, wholes: Sequence[WholeTensor], pieces: Sequence[tuple[Piece, ...]]) -> None:
+        self.wholes = tuple(wholes)
+        self.pieces = tuple(pieces)
+        self.index = {whole.name: index for index, whole in enumerate(self.wholes)}
+        if len(self.index) != len(self.wholes):
+            raise LayoutMismatchError("two whole tensors of one shard map share a name")
+        for piece in (piece for local in self.pieces for piece in local):
+            if not piece.box.is_inside(whole_box(piece.whole.shape)):
+                raise LayoutMismatchError(
+                    f"{piece.whole.name}: {piece.box} lies outside its shape {piece.whole.shape}"
+                )
+
+    @classmethod
+    def of_tensors(cls, named: Sequence[tuple[str, torch.Tensor]]) -> ShardMap:
+        """One local tensor per plain tensor or DTensor of ``named``. No communication is
+        performed."""
+        described = [pieces_of_tensor(name, tensor) for name, tensor in named]
+        return cls([whole for whole, _ in described], [pieces for _, pieces in described])
+
+    def by_groups(self) -> dict[tuple[Group, ...], list[int]]:
+        """Indices of the whole tensors by the set of groups they are spread over, in a shared
+        order."""
+        found: dict[tuple[Group, ...], list[int]] = {}
+        for index, whole in enumerate(self.wholes):
+            found.setdefault(whole.groups, []).append(index)
+        return found
+
+    def sum_over_holders(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values[i]`` (int64 [num wholes], a statistic of this rank's pieces of whole i) over
+        its holders.
+
+        In place. One all-reduce per set of groups and sharded axis: exactly one under plain FSDP2
+        or ZeRO, none where nothing is sharded.
+        """
+        by_groups = {groups: index for groups, index in self.by_groups().items() if groups}
+        if len(by_groups) == 1 and len(next(iter(by_groups.values()))) == len(self.wholes):
+            for group in next(iter(by_groups)):
+                group.all_reduce(values)
+            return values
+        for groups, index in by_groups.items():
+            packed = values[index]
+            for group in groups:
+                group.all_reduce(packed)
+            values[index] = packed
+        return values
