@@ -1,0 +1,28 @@
+"""Compressed, sharded, chained checkpoints.
+
+Read checkpointer.py first (what a run uses), then writer.py and reader.py (what
+torch.distributed.checkpoint uses), manifest.py (the format) and chain.py (what a link is a
+difference against).
+"""
+
+from effx_dist.checkpoint.chain import Chain
+from effx_dist.checkpoint.checkpointer import Checkpointer, PendingSave
+from effx_dist.checkpoint.fragment import ExcpLoadPlanner, ExcpSavePlanner, Fragment
+from effx_dist.checkpoint.inspect import StepSummary, VerifyReport, inspect_folder, verify_folder
+from effx_dist.checkpoint.reader import ExcpReader
+from effx_dist.checkpoint.writer import ExcpWriter
+
+__all__ = [
+    "Chain",
+    "Checkpointer",
+    "ExcpLoadPlanner",
+    "ExcpReader",
+    "ExcpSavePlanner",
+    "ExcpWriter",
+    "Fragment",
+    "PendingSave",
+    "StepSummary",
+    "VerifyReport",
+    "inspect_folder",
+    "verify_folder",
+]

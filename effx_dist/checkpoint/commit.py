@@ -1,0 +1,231 @@
+"""What a save will be, decided once by the coordinator; and the manifest that all ranks' results
+add up to."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from torch.distributed.checkpoint import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from effx_dist import __version__
+from effx_dist.checkpoint.chain import Chain
+from effx_dist.checkpoint.fragment import facts_of_plans
+from effx_dist.checkpoint.joints import Joint, TensorFacts, find_joints, is_chained
+from effx_dist.checkpoint.manifest import (
+    ChunkRecord,
+    Coding,
+    Delta,
+    Figures,
+    FileRecord,
+    JointMoment,
+    JointSecondMoment,
+    JointWeight,
+    Manifest,
+    Planes,
+    TensorRecord,
+    manifest_to_bytes,
+)
+from effx_dist.checkpoint.quantisers import JointSpec, Measured
+from effx_dist.config import ExcpConfig
+
+LOSSLESS = "lossless"
+
+
+@dataclass(frozen=True)
+class LocalState:
+    """What one rank could go on from: checkpoints it has references of, and the tensors it lacks
+    them for."""
+
+    ids: tuple[str | None, ...]
+    unreferenced: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What this save is, the same on every rank but for ``rank``, the index of the rank's data
+    file."""
+
+    id: str
+    parent_id: str | None
+    unreferenced: frozenset[str]
+    specs: tuple[JointSpec, ...]
+    facts: Mapping[str, TensorFacts]
+    rank: int
+    num_ranks: int
+
+    @property
+    def is_link(self) -> bool:
+        """Whether weights are stored as differences to a parent."""
+        return self.parent_id is not None
+
+    def coding_of(self, name: str, measured: Mapping[str, Measured]) -> Coding:
+        """How a whole tensor is stored: as part of a quantised joint, as a lossless difference, or
+        as it is."""
+        for spec in self.specs:
+            joint = spec.joint
+            if name in joint.names and joint.weight in measured:
+                return _joint_coding(name, joint, measured[joint.weight])
+        chained = is_chained(name, self.facts[name]) and name not in self.unreferenced
+        return Delta() if self.is_link and chained else Planes()
+
+
+def _joint_coding(name: str, joint: Joint, measured: Measured) -> Coding:
+    if name == joint.weight:
+        return JointWeight(quantiser=measured.quantiser.to_json(), error=measured.error)
+    if name == joint.exp_avg:
+        return JointMoment(weight=joint.weight, exp_avg_sq=joint.exp_avg_sq)
+    return JointSecondMoment(weight=joint.weight, exp_avg=joint.exp_avg)
+
+
+def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[Decision]:
+    """One decision per rank, from all ranks' plans, whose ``storage_data`` is their LocalState.
+    Coordinator only.
+
+    The save is a link if every rank holds references of the coordinator's last committed checkpoint
+    and the base is not due; else a base.
+    """
+    states: list[LocalState] = [plan.storage_data for plan in plans]
+    due = chain.figures is None or chain.figures.saves_since_base + 1 >= config.base_every
+    shared = chain.id is not None and all(chain.id in state.ids for state in states)
+    parent_id = chain.id if shared and not due else None
+    unreferenced = frozenset().union(*(state.unreferenced for state in states))
+    facts = facts_of_plans(plans)
+    specs: tuple[JointSpec, ...] = ()
+    if parent_id is not None and config.profile != LOSSLESS:
+        specs = tuple(
+            JointSpec(joint, math.prod(facts[joint.weight].shape))
+            for joint in find_joints(facts)
+            if joint.weight not in unreferenced and _is_together(joint, plans)
+        )
+    identity = uuid.uuid4().hex
+    return [
+        Decision(identity, parent_id, unreferenced, specs, facts, rank, len(plans))
+        for rank in range(len(plans))
+    ]
+
+
+def _is_together(joint: Joint, plans: Sequence[SavePlan]) -> bool:
+    """Whether each rank writes the same boxes of the weight and of its moments.
+
+    A planner that spreads replicated tensors without regard to their partners does not; such joints
+    stay lossless.
+    """
+    for plan in plans:
+        boxes = {
+            name: {
+                (tuple(i.tensor_data.chunk.offsets), tuple(i.tensor_data.chunk.sizes))
+                for i in plan.items
+                if i.index.fqn == name and i.tensor_data is not None
+            }
+            for name in joint.names
+        }
+        if any(found != boxes[joint.weight] for found in boxes.values()):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Written:
+    """One rank's report of one thing written: a chunk of a tensor, a JSON value, or the data file
+    itself."""
+
+    rank: int
+    content: ChunkRecord | FileRecord | Any
+
+
+@dataclass(frozen=True)
+class SaveFacts:
+    """What the caller says of the save beyond the tensors."""
+
+    step: int
+    extra: Any = None
+    aliases: Mapping[str, str] | None = None
+
+
+def build_manifest(
+    decision: Decision,
+    measured: Mapping[str, Measured],
+    results: Sequence[Sequence[WriteResult]],
+    chain: Chain,
+    config: ExcpConfig,
+    facts: SaveFacts,
+) -> tuple[Manifest, bytes]:
+    """The manifest of what all ranks wrote, and its bytes. Coordinator only; writes nothing."""
+    files: dict[int, FileRecord] = {}
+    chunks: dict[str, list[ChunkRecord]] = {name: [] for name in decision.facts}
+    values: dict[str, Any] = {}
+    for result in (r for results_of_rank in results for r in results_of_rank):
+        match result.storage_data:
+            case Written(rank=rank, content=FileRecord() as record):
+                files[rank] = record
+            case Written(rank=rank, content=ChunkRecord() as chunk):
+                chunks[result.index.fqn].append(chunk.model_copy(update={"file": rank}))
+            case Written(content=value):
+                values[result.index.fqn] = value
+    tensors = {
+        name: TensorRecord(
+            dtype=str(found.dtype).removeprefix("torch."),
+            shape=list(found.shape),
+            coding=decision.coding_of(name, measured),
+            chunks=sorted(chunks[name], key=lambda chunk: chunk.offsets),
+        )
+        for name, found in sorted(decision.facts.items())
+    }
+    errors = [t.coding.error for t in tensors.values() if isinstance(t.coding, JointWeight)]
+    manifest = Manifest(
+        step=facts.step,
+        kind="link" if decision.is_link else "base",
+        parent=chain.parent if decision.is_link else None,
+        profile=config.profile,
+        world_size=decision.num_ranks,
+        saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        writer=f"effx-dist {__version__}",
+        files=[files[rank] for rank in sorted(files)],
+        figures=Figures(
+            raw_bytes=sum(t.numel * t.torch_dtype.itemsize for t in tensors.values()),
+            stored_bytes=0,
+            run_raw_bytes=0,
+            run_stored_bytes=0,
+            saves_since_base=_saves_since_base(decision, chain),
+            error=max(errors, default=0.0),
+        ),
+        aliases=dict(facts.aliases or {}),
+        tensors=tensors,
+        values=values,
+        extra=facts.extra,
+    )
+    return _with_sizes(manifest, chain.figures)
+
+
+def _saves_since_base(decision: Decision, chain: Chain) -> int:
+    if not decision.is_link or chain.figures is None:
+        return 0
+    return chain.figures.saves_since_base + 1
+
+
+def _with_sizes(manifest: Manifest, before: Figures | None) -> tuple[Manifest, bytes]:
+    """Fill in the stored sizes, which count the manifest itself: repeated until its length stands
+    still."""
+    data_bytes = sum(file.bytes for file in manifest.files)
+    content = manifest_to_bytes(manifest)
+    while True:
+        stored_bytes = data_bytes + len(content)
+        figures = manifest.figures.model_copy(
+            update={
+                "stored_bytes": stored_bytes,
+                "run_raw_bytes": manifest.figures.raw_bytes
+                + (before.run_raw_bytes if before else 0),
+                "run_stored_bytes": stored_bytes + (before.run_stored_bytes if before else 0),
+            }
+        )
+        manifest = manifest.model_copy(update={"figures": figures})
+        again = manifest_to_bytes(manifest)
+        if len(again) == len(content):
+            return manifest, again
+        content = again

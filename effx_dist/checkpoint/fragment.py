@@ -1,0 +1,209 @@
+"""Pieces of whole tensors as torch.distributed.checkpoint sees them, and planners that handle them.
+
+A fragment implements the checkpointable protocol of torch.distributed.checkpoint, so its planners
+reshard between any two layouts. The planners here carry non-tensors as JSON: the stock ones
+``torch.save`` them and read them back with ``weights_only=False``, which runs whatever code a
+hostile file names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import (
+    ChunkStorageMetadata,
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    Metadata,
+    SavePlan,
+    WriteItem,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    ReadItem,
+    TensorWriteData,
+    WriteItemType,
+)
+
+from effx_dist.checkpoint.joints import TensorFacts, find_joints
+from effx_dist.checkpoint.tree import tree_from_json, tree_to_json
+from effx_dist.shard import Box, LocalRows, local_of, pieces_of_tensor
+
+
+class Fragment:
+    """This rank's boxes of one whole tensor.
+
+    Args:
+        shape: shape of the whole tensor.
+        dtype: its data type.
+        parts: the boxes this rank holds, each with a tensor of the box's shape. May be empty.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        parts: Sequence[tuple[Box, torch.Tensor]],
+    ) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.parts = list(parts)
+
+    @classmethod
+    def of(cls, name: str, value: torch.Tensor | LocalRows) -> Fragment:
+        """Describe a plain tensor, a DTensor or local rows; the parts share its memory."""
+        if isinstance(value, LocalRows):
+            parts = [(value.box, value.local)] if value.local.numel() else []
+            return cls(value.global_shape, value.local.dtype, parts)
+        whole, pieces = pieces_of_tensor(name, value)
+        local = local_of(value).detach()
+        if pieces and not local.is_contiguous():
+            # only a whole plain tensor may be strided oddly; its one piece is the tensor itself
+            return cls(whole.shape, value.dtype, [(pieces[0].box, local)])
+        return cls(whole.shape, value.dtype, [(p.box, p.view(local)) for p in pieces])
+
+    @property
+    def facts(self) -> TensorFacts:
+        """dtype and shape of the whole tensor."""
+        return TensorFacts(self.dtype, self.shape)
+
+    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(box.offsets), index),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=_chunk(box),
+                    properties=TensorProperties(dtype=self.dtype),
+                    size=torch.Size(self.shape),
+                ),
+            )
+            for index, (box, _) in enumerate(self.parts)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(box) for box, _ in self.parts]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        offsets = tuple(index.offset or ())
+        for box, part in self.parts:
+            if box.offsets == offsets:
+                return part
+        raise KeyError(f"{index.fqn}: no piece at {offsets} on this rank")
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+
+
+def colocate_joints(plans: Sequence[SavePlan]) -> list[SavePlan]:
+    """Let one rank write each piece that several hold, and the pieces of a weight and its moments
+    together.
+
+    The rank with the least to write so far gets the next piece. Returns new plans; no communication
+    is performed.
+    """
+    joint_of = _joint_names(plans)
+    holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            ranks = holders.setdefault(_place(item, joint_of), [])
+            if not ranks or ranks[-1] != rank:
+                ranks.append(rank)
+    load_bytes = [0] * len(plans)
+    writer: dict[tuple[str, tuple[int, ...]], int] = {}
+    kept: list[list[WriteItem]] = [[] for _ in plans]
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            place = _place(item, joint_of)
+            if place not in writer:
+                writer[place] = min(holders[place], key=load_bytes.__getitem__)
+            if writer[place] == rank:
+                kept[rank].append(item)
+            if rank == holders[place][0]:
+                load_bytes[writer[place]] += item.tensor_storage_size() or 1
+    return [dataclasses.replace(plan, items=items) for plan, items in zip(plans, kept, strict=True)]
+
+
+def _joint_names(plans: Sequence[SavePlan]) -> dict[str, str]:
+    """Name of the joint's weight for every tensor in a joint."""
+    joints = find_joints(facts_of_plans(plans))
+    return {name: joint.weight for joint in joints for name in joint.names}
+
+
+def _place(item: WriteItem, joint_of: Mapping[str, str]) -> tuple[str, tuple[int, ...]]:
+    fqn = item.index.fqn
+    return joint_of.get(fqn, fqn), tuple(item.index.offset or ())
+
+
+def facts_of_plans(plans: Sequence[SavePlan]) -> dict[str, TensorFacts]:
+    """dtype and shape of every whole tensor that any rank's plan names."""
+    return {
+        item.index.fqn: TensorFacts(item.tensor_data.properties.dtype, tuple(item.tensor_data.size))
+        for plan in plans
+        for item in plan.items
+        if item.tensor_data is not None
+    }
+
+
+class ExcpSavePlanner(DefaultSavePlanner):
+    """Plans fragments beside tensors and DTensors; writes non-tensors as JSON and refuses what is
+    not JSON."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return super().create_global_plan(colocate_joints(all_plans))
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        if isinstance(found, Fragment):
+            return found.__get_tensor_shard__(index)
+        return super().lookup_object(index)
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        if write_item.type != WriteItemType.BYTE_IO:
+            return object
+        value = tree_to_json(object, write_item.index.fqn, {})
+        return io.BytesIO(json.dumps(value, allow_nan=False).encode())
+
+
+class ExcpLoadPlanner(DefaultLoadPlanner):
+    """Fills fragments, tensors and DTensors in place; reads non-tensors as JSON, never as
+    pickles."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        # The stock planner maps objects it does not know to None; fragments are handed to it one by one instead.
+        fragments = {name: v for name, v in state_dict.items() if isinstance(v, Fragment)}
+        rest = {name: v for name, v in state_dict.items() if name not in fragments}
+        super().set_up_planner(rest, metadata, is_coordinator)
+        self.original_state_dict = state_dict
+        self.state_dict = {**self.state_dict, **fragments}
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        found = self.state_dict[index.fqn]
+        if isinstance(found, Fragment):
+            return found.__get_tensor_shard__(index)
+        return super().lookup_tensor(index)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = tree_from_json(json.loads(value.getvalue()), _no_tensor)
+        fqn = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            from torch.distributed.checkpoint._nested_dict import set_element
+
+            set_element(self.original_state_dict, self.mappings[fqn], loaded)
+        else:
+            self.original_state_dict[fqn] = loaded
+
+
+def _no_tensor(path: str) -> torch.Tensor:
+    raise ValueError(f"{path}: a JSON value of a state dict cannot hold a tensor")

@@ -1,0 +1,106 @@
+"""One rank's side of a run's saves, off the training thread: the chain, the writer, retention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effx_dist.checkpoint.chain import Chain
+from effx_dist.checkpoint.commit import SaveFacts
+from effx_dist.checkpoint.drive import drive_save, together
+from effx_dist.checkpoint.folder import step_name
+from effx_dist.checkpoint.fragment import Fragment
+from effx_dist.checkpoint.manifest import Figures, ParentRecord
+from effx_dist.checkpoint.retention import remove_leftovers, retire, set_aside_newer
+from effx_dist.checkpoint.writer import ExcpWriter
+from effx_dist.config import ExcpConfig
+from effx_dist.shard import Group
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """What one save writes: staged fragments by name, and what the manifest says besides."""
+
+    step: int
+    state: Mapping[str, Fragment]
+    extra: Any
+    aliases: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What a committed save came to. Bytes of all ranks together; ``write_s`` seconds on this
+    rank."""
+
+    step: int
+    kind: str
+    figures: Figures
+    write_s: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The checkpoint that a run goes on from, as this rank's next save needs it."""
+
+    id: str
+    step: int
+    parent: ParentRecord
+    figures: Figures
+    references: dict[tuple[str, tuple[int, ...]], torch.Tensor]
+    is_newest: bool
+
+
+class Saver:
+    """Runs saves one after another. Not thread-safe: one thread or process owns it.
+
+    Args:
+        folder: the run's checkpoint folder.
+        config: the ``excp`` section.
+        group: the ranks that save, used by nothing else.
+    """
+
+    def __init__(self, folder: Path, config: ExcpConfig, group: Group) -> None:
+        self._folder = folder
+        self._config = config
+        self._group = group
+        self._chain = Chain()
+        self._is_first = True
+        self._set_aside_above: int | None = None
+
+    def restart(self, loaded: Loaded) -> None:
+        """Go on from a checkpoint that has just been loaded. No communication is performed."""
+        self._chain.restart(loaded.id, loaded.parent, loaded.figures, loaded.references)
+        self._set_aside_above = None if loaded.is_newest else loaded.step
+
+    def save(self, job: SaveJob) -> SaveResult:
+        """Encode, write and commit one checkpoint; then retire old ones. Collective over the group.
+
+        Raises RankFailedError on all ranks if one failed; then nothing was committed.
+        """
+        started = time.perf_counter()
+        together(self._group, self._clear_the_way)
+        writer = ExcpWriter(
+            self._folder / step_name(job.step),
+            self._config,
+            chain=self._chain,
+            group=self._group,
+            facts=SaveFacts(job.step, job.extra, job.aliases),
+            owns_tensors=True,
+        )
+        manifest = drive_save(dict(job.state), writer, self._group)
+        if self._group.rank == 0:
+            retire(self._folder, self._config)
+        write_s = time.perf_counter() - started
+        return SaveResult(job.step, manifest.kind, manifest.figures, write_s)
+
+    def _clear_the_way(self) -> None:
+        if self._group.rank == 0 and self._is_first:
+            remove_leftovers(self._folder)
+            if self._set_aside_above is not None:
+                set_aside_newer(self._folder, self._set_aside_above)
+        self._is_first = False

@@ -1,0 +1,289 @@
+"""ExcpWriter: a torch.distributed.checkpoint storage writer of compressed, chained checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import Metadata, SavePlan, StorageWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from effx_dist.checkpoint.blockfile import BlockWriter
+from effx_dist.checkpoint.chain import Chain, Key
+from effx_dist.checkpoint.chunks import ChunkEncoder, JointParts
+from effx_dist.checkpoint.commit import (
+    LOSSLESS,
+    Decision,
+    LocalState,
+    SaveFacts,
+    Written,
+    build_manifest,
+    decide,
+)
+from effx_dist.checkpoint.folder import (
+    LATEST,
+    MANIFEST,
+    claim_step_folder,
+    local_folder,
+    rank_file_name,
+    replace_file,
+    step_of,
+    sync_folder,
+)
+from effx_dist.checkpoint.joints import TensorFacts, is_chained
+from effx_dist.checkpoint.manifest import (
+    ChunkRecord,
+    Delta,
+    FileRecord,
+    Manifest,
+    ParentRecord,
+    manifest_checksum,
+    write_manifest,
+)
+from effx_dist.checkpoint.quantisers import Measured, measure
+from effx_dist.checkpoint.values import parse_value
+from effx_dist.config import ExcpConfig
+from effx_dist.core.excp import PROFILES
+from effx_dist.shard import Box, Group, as_group
+
+Parts = dict[Key, tuple[Box, torch.Tensor]]
+
+
+class ExcpWriter(StorageWriter):
+    """Writes one checkpoint per save: a base (everything losslessly) or a link (differences to the
+    last one).
+
+    Use one writer for a run's saves and name each save's folder by ``checkpoint_id``, all beside
+    each other; or make one writer per save and hand the same :class:`Chain` to all of them. Without
+    a chain every save is a base.
+
+    Args:
+        path: the checkpoint's own folder, ``.../step-N``. Local only. config: profile, base_every,
+            max_error. chain: what the next save is a difference against; updated by saves that were
+            committed. group: the ranks that save, for the merging of statistics while the data are
+            written. None: all ranks of the default process group, in the thread that saves. Give a
+            group of its own (``TorchGroup.dedicated()``) where other threads communicate meanwhile,
+            as with ``dcp.async_save``. facts: step (default: from the folder's name), JSON
+            ``extra`` and name aliases for the manifest. owns_tensors: the tensors are copies that
+            the writer may overwrite with their reconstruction.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: ExcpConfig | None = None,
+        *,
+        chain: Chain | None = None,
+        group: Group | None = None,
+        facts: SaveFacts | None = None,
+        owns_tensors: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config or ExcpConfig()
+        self.chain = chain if chain is not None else Chain()
+        self.manifest: Manifest | None = None
+        self._group = group
+        self._facts = facts
+        self._owns_tensors = owns_tensors
+        self._measured: dict[str, Measured] = {}
+        self._decision: Decision | None = None
+        self.path = local_folder(path)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.path = local_folder(checkpoint_id)
+        self._measured, self._decision, self.manifest = {}, None, None
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if is_coordinator:
+            claim_step_folder(self.path)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        unreferenced = frozenset(
+            item.index.fqn
+            for item in plan.items
+            if _is_chained(item) and self._reference(item) is None
+        )
+        state = LocalState((self.chain.id, self.chain.pending_id), unreferenced)
+        return dataclasses.replace(plan, storage_data=state)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        decisions = decide(plans, self.chain, self.config)
+        return [
+            dataclasses.replace(plan, storage_data=decision)
+            for plan, decision in zip(plans, decisions, strict=True)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Encode and write this rank's items, durably. Statistics are merged over the group
+        (collective)."""
+        decision = self._decision = plan.storage_data
+        parts, results = self._resolve(plan.items, planner, decision)
+        self.chain.settle(decision.parent_id if decision.is_link else self.chain.id)
+        joint_parts = self._joint_parts(decision, parts)
+        self._measured = self._measure(decision, joint_parts)
+        reconstruction: dict[Key, torch.Tensor] = {}
+        with BlockWriter(self.path / rank_file_name(decision.rank)) as file:
+            encoder = ChunkEncoder(file)
+            for key, chunk in self._encode(encoder, decision, parts, joint_parts, reconstruction):
+                results.append(_result(key, decision.rank, chunk))
+        sync_folder(self.path)
+        record = FileRecord(name=rank_file_name(decision.rank), bytes=file.num_bytes)
+        results.append(_result(("", ()), decision.rank, record))
+        self.chain.begin(decision.id, reconstruction)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit: the manifest by rename, then ``latest``. Called on the coordinator after every
+        rank succeeded."""
+        assert self._decision is not None
+        facts = self._facts or SaveFacts(step=step_of(self.path.name) or 0)
+        self.manifest, content = build_manifest(
+            self._decision, self._measured, results, self.chain, self.config, facts
+        )
+        write_manifest(self.path, content)
+        checksum = manifest_checksum(content, self.path / MANIFEST)
+        self.chain.parent = ParentRecord(name=self.path.name, xxh3=checksum)
+        self.chain.figures = self.manifest.figures
+        self.chain.settle(self._decision.id)
+        replace_file(self.path.parent / LATEST, f"{self.path.name}\n".encode())
+
+    def settle(self, committed: bool) -> None:
+        """Tell this rank whether the save was committed, where the caller knows. No communication
+        is performed."""
+        if self._decision is not None:
+            self.chain.settle(self._decision.id if committed else None)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=str(self.path))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return "://" not in os.fspath(checkpoint_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A writer handed to another process merges its statistics over that process's own default
+        group."""
+        return {**self.__dict__, "_group": None}
+
+    def _reference(self, item: WriteItem) -> torch.Tensor | None:
+        assert item.tensor_data is not None
+        dtype = item.tensor_data.properties.dtype
+        return self.chain.reference(item.index.fqn, _box(item), dtype)
+
+    def _resolve(
+        self, items: Sequence[WriteItem], planner: SavePlanner, decision: Decision
+    ) -> tuple[Parts, list[WriteResult]]:
+        """The items' tensors in host memory, contiguous; and the results of those that are JSON
+        values."""
+        parts: Parts = {}
+        results = []
+        for item in items:
+            data = planner.resolve_data(item)
+            if item.type == WriteItemType.BYTE_IO:
+                assert isinstance(data, io.BytesIO)
+                value = parse_value(item.index.fqn, data.getvalue())
+                results.append(_result((item.index.fqn, ()), decision.rank, value))
+            elif (box := _box(item)).numel:
+                assert isinstance(data, torch.Tensor)
+                parts[item.index.fqn, box.offsets] = (box, data.detach().cpu().contiguous())
+        return parts, results
+
+    def _joint_parts(self, decision: Decision, parts: Parts) -> dict[str, list[JointParts]]:
+        found: dict[str, list[JointParts]] = {}
+        joints = {spec.joint.weight: spec.joint for spec in decision.specs}
+        for (name, offsets), (box, weight) in parts.items():
+            if (joint := joints.get(name)) is None:
+                continue
+            reference = self.chain.reference(name, box, weight.dtype)
+            assert reference is not None
+            second = parts[joint.exp_avg_sq, offsets][1].view(-1) if joint.exp_avg_sq else None
+            first = parts[joint.exp_avg, offsets][1].view(-1)
+            found.setdefault(name, []).append(
+                JointParts(box, weight.view(-1), reference.view(-1), first, second)
+            )
+        return found
+
+    def _measure(
+        self, decision: Decision, joint_parts: dict[str, list[JointParts]]
+    ) -> dict[str, Measured]:
+        if self.config.profile == LOSSLESS or not decision.specs:
+            return {}
+        profile = PROFILES[self.config.profile]
+        found = measure(decision.specs, joint_parts, profile, as_group(self._group))
+        bound = self.config.max_error
+        return {name: m for name, m in found.items() if bound is None or m.error <= bound}
+
+    def _encode(
+        self,
+        encoder: ChunkEncoder,
+        decision: Decision,
+        parts: Parts,
+        joint_parts: dict[str, list[JointParts]],
+        reconstruction: dict[Key, torch.Tensor],
+    ) -> list[tuple[Key, ChunkRecord]]:
+        """Encode everything; fill ``reconstruction`` with what a reader will get of the chained
+        tensors."""
+        records: list[tuple[Key, ChunkRecord]] = []
+        done: set[str] = set()
+        for spec in decision.specs:
+            weight = spec.joint.weight
+            if weight not in self._measured:
+                continue
+            done.update(spec.joint.names)
+            for joint in joint_parts.get(weight, ()):
+                offsets = joint.box.offsets
+                kept = reconstruction[weight, offsets] = self._own(parts[weight, offsets][1])
+                chunks = encoder.joint(joint, self._measured[weight].quantiser, kept.view(-1))
+                named = zip(spec.joint.names, chunks, strict=False)
+                records += [((name, offsets), chunk) for name, chunk in named]
+        for key, (box, part) in parts.items():
+            name = key[0]
+            if name in done:
+                continue
+            coding = decision.coding_of(name, self._measured)
+            if isinstance(coding, Delta):
+                reference = self.chain.reference(name, box, part.dtype)
+                assert reference is not None
+                records.append((key, encoder.delta(box, part, reference)))
+            else:
+                records.append((key, encoder.planes(box, part)))
+            if is_chained(name, decision.facts[name]):
+                reconstruction[key] = self._own(part)
+        return records
+
+    def _own(self, part: torch.Tensor) -> torch.Tensor:
+        """The tensor itself where the writer owns it, else a copy: the caller's tensors are never
+        written to."""
+        return part if self._owns_tensors else part.clone()
+
+
+def _box(item: WriteItem) -> Box:
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _is_chained(item: WriteItem) -> bool:
+    data = item.tensor_data
+    if data is None:
+        return False
+    facts = TensorFacts(data.properties.dtype, tuple(data.size))
+    return is_chained(item.index.fqn, facts)
+
+
+def _result(key: Key, rank: int, content: Any) -> WriteResult:
+    return WriteResult(
+        index=MetadataIndex(key[0], torch.Size(key[1])),
+        size_in_bytes=0,
+        storage_data=Written(rank, content),
+    )
