@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from effx_dist.checkpoint.drive import together
 from effx_dist.checkpoint.executor import make_executor
@@ -31,7 +30,7 @@ from effx_dist.checkpoint.staging import Staging
 from effx_dist.checkpoint.training_state import Stateful, collect
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError
-from effx_dist.shard import Group, SoloGroup, TorchGroup
+from effx_dist.shard import Group, separate_group
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +115,12 @@ class Checkpointer:
     """Saves and loads model, optimizer and everything else of a run in ``folder/step-N``.
 
     Args:
-        folder: the run's checkpoint folder, shared by all ranks. Local path. config: the ``excp``
-            section; None or ``enabled = false`` writes exact, whole checkpoints. group: the ranks
-            that save, for async_mode "sync" only. None: all ranks of torch.distributed, over two
-            gloo groups made here that nothing else uses (collective), or this process alone.
-            timeout: how long a rank waits for another in a save before the save fails.
+        folder: the run's checkpoint folder, shared by all ranks. Local path.
+        config: the ``excp`` section; None or ``enabled = false`` writes exact, whole checkpoints.
+        group: the ranks that save, for async_mode "sync" only. None: all ranks of
+            torch.distributed, over two gloo groups made here that nothing else uses (collective),
+            or this process alone.
+        timeout: how long a rank waits for another in a save before the save fails.
 
     A failed save is logged, commits nothing and leaves the previous checkpoint as it was; training
     may go on.
@@ -138,8 +138,8 @@ class Checkpointer:
         self.config = config if config is not None and config.enabled else PLAIN
         self.num_skipped = 0
         # saves run beside training: what they say to each other must never mix with what this thread says
-        self._control = group if group is not None else _own_group(timeout)
-        saving = group if group is not None else _own_group(timeout)
+        self._control = group if group is not None else separate_group(timeout)
+        saving = group if group is not None else separate_group(timeout)
         self._executor = make_executor(self.folder, self.config, saving, timeout)
         self._staging = Staging(shared=self.config.async_mode == "process")
         self._pending: PendingSave | None = None
@@ -160,11 +160,13 @@ class Checkpointer:
 
         Args:
             step: optimizer steps taken; names the checkpoint. An existing committed step is
-                refused. model: plain, DDP or FSDP2. Buffers are saved too. optimizer: any torch
-                optimizer; exp_avg and exp_avg_sq beside a weight are compressed with it. stateful:
-                samplers, schedulers and the like, by name. Their ``state_dict()`` is called here
-                and may communicate. extra: JSON-like values and tensors by name, equal on all ranks
-                (rank 0's are kept).
+                refused.
+            model: plain, DDP or FSDP2. Buffers are saved too.
+            optimizer: any torch optimizer; exp_avg and exp_avg_sq beside a weight are compressed
+                with it.
+            stateful: samplers, schedulers and the like, by name. Their ``state_dict()`` is called
+                here and may communicate.
+            extra: JSON-like values and tensors by name, equal on all ranks (rank 0's are kept).
 
         Returns after the copy. An earlier save still in flight is waited for, or (policy "skip")
         this one is left out; that choice is made by all ranks together. The global random states of
@@ -301,9 +303,3 @@ class Checkpointer:
         chosen = together(self._control, look, keep_own_error=True)[0]
         assert chosen is not None
         return chosen
-
-
-def _own_group(timeout: timedelta) -> Group:
-    if dist.is_available() and dist.is_initialized():
-        return TorchGroup.dedicated(timeout)
-    return SoloGroup()

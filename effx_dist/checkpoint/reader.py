@@ -234,17 +234,23 @@ class ExcpReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill this rank's tensors. No communication is performed. Raises
         CorruptCheckpointError."""
-        for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                value = self.chain.top.manifest.values[item.storage_index.fqn]
-                planner.load_bytes(item, io.BytesIO(json.dumps(value).encode()))
-            else:
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(self.chain.read(item.storage_index.fqn, _whole_box_of(item)))
-                planner.commit_tensor(item, target)
+        try:
+            for item in plan.items:
+                self._read_item(item, planner)
+        finally:
+            self.chain.close()  # files open again when they are needed
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read_item(self, item: ReadItem, planner: LoadPlanner) -> None:
+        if item.type == LoadItemType.BYTE_IO:
+            value = self.chain.top.manifest.values[item.storage_index.fqn]
+            planner.load_bytes(item, io.BytesIO(json.dumps(value).encode()))
+        else:
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(self.chain.read(item.storage_index.fqn, _whole_box_of(item)))
+            planner.commit_tensor(item, target)
 
     def close(self) -> None:
         """Close all files."""

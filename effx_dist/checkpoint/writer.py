@@ -51,7 +51,7 @@ from effx_dist.checkpoint.quantisers import Measured, measure
 from effx_dist.checkpoint.values import parse_value
 from effx_dist.config import ExcpConfig
 from effx_dist.core.excp import PROFILES
-from effx_dist.shard import Box, Group, as_group
+from effx_dist.shard import Box, Group, as_group, separate_group
 
 Parts = dict[Key, tuple[Box, torch.Tensor]]
 
@@ -65,14 +65,16 @@ class ExcpWriter(StorageWriter):
     a chain every save is a base.
 
     Args:
-        path: the checkpoint's own folder, ``.../step-N``. Local only. config: profile, base_every,
-            max_error. chain: what the next save is a difference against; updated by saves that were
-            committed. group: the ranks that save, for the merging of statistics while the data are
-            written. None: all ranks of the default process group, in the thread that saves. Give a
-            group of its own (``TorchGroup.dedicated()``) where other threads communicate meanwhile,
-            as with ``dcp.async_save``. facts: step (default: from the folder's name), JSON
-            ``extra`` and name aliases for the manifest. owns_tensors: the tensors are copies that
-            the writer may overwrite with their reconstruction.
+        path: the checkpoint's own folder, ``.../step-N``. Local only.
+        config: profile, base_every, max_error.
+        chain: what the next save is a difference against; updated by saves that were committed.
+        group: the ranks that save, for the merging of statistics while the data are written, in
+            the thread that saves. None: a group of all ranks made here that nothing else uses
+            (collective: make the writer on every rank).
+        facts: step (default: from the folder's name), JSON ``extra`` and name aliases for the
+            manifest.
+        owns_tensors: the tensors are copies that the writer may overwrite with their
+            reconstruction.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class ExcpWriter(StorageWriter):
         self.config = config or ExcpConfig()
         self.chain = chain if chain is not None else Chain()
         self.manifest: Manifest | None = None
-        self._group = group
+        self._group: Group | None = group or separate_group()
         self._facts = facts
         self._owns_tensors = owns_tensors
         self._measured: dict[str, Measured] = {}

@@ -7,7 +7,15 @@ from effx_dist.shard.box import (
     flat_start,
     whole_box,
 )
-from effx_dist.shard.group import Group, SoloGroup, ThreadGroup, TorchGroup, as_group, run_ranks
+from effx_dist.shard.group import (
+    Group,
+    SoloGroup,
+    ThreadGroup,
+    TorchGroup,
+    as_group,
+    run_ranks,
+    separate_group,
+)
 from effx_dist.shard.piece import (
     Piece,
     ShardMap,
@@ -36,5 +44,6 @@ __all__ = [
     "pieces_of_flat_range",
     "pieces_of_tensor",
     "run_ranks",
+    "separate_group",
     "whole_box",
 ]

@@ -204,6 +204,16 @@ class TorchGroup(Group):
         return hash(id(self.process_group))
 
 
+def separate_group(timeout: timedelta = timedelta(minutes=10)) -> Group:
+    """All ranks there are, over a group that nothing else uses: for talk beside the training loop.
+
+    Collective over torch.distributed where it is initialised; this process alone otherwise.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return TorchGroup.dedicated(timeout)
+    return SoloGroup()
+
+
 def as_group(group: Group | dist.ProcessGroup | None) -> Group:
     """A Group from what callers have: one already, a process group, or None for all ranks there
     are."""

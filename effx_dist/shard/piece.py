@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -118,8 +119,8 @@ class ShardMap:
 
     Args:
         wholes: every whole tensor of the list's ranks, also those that this rank holds nothing of;
-            the same names in the same order on every rank. pieces: for each local tensor, its
-            pieces. Local elements that no piece covers are padding.
+            the same names in the same order on every rank.
+        pieces: for each local tensor, its pieces. Local elements that no piece covers are padding.
     """
 
     def __init__(self, wholes: Sequence[WholeTensor], pieces: Sequence[tuple[Piece, ...]]) -> None:
@@ -129,6 +130,10 @@ class ShardMap:
         if len(self.index) != len(self.wholes):
             raise LayoutMismatchError("two whole tensors of one shard map share a name")
         for piece in (piece for local in self.pieces for piece in local):
+            if piece.whole.name not in self.index:
+                raise LayoutMismatchError(
+                    f"{piece.whole.name}: a piece of it is here, but it is not among the whole tensors"
+                )
             if not piece.box.is_inside(whole_box(piece.whole.shape)):
                 raise LayoutMismatchError(
                     f"{piece.whole.name}: {piece.box} lies outside its shape {piece.whole.shape}"
@@ -141,13 +146,14 @@ class ShardMap:
         described = [pieces_of_tensor(name, tensor) for name, tensor in named]
         return cls([whole for whole, _ in described], [pieces for _, pieces in described])
 
-    def by_groups(self) -> dict[tuple[Group, ...], list[int]]:
-        """Indices of the whole tensors by the set of groups they are spread over, in a shared
-        order."""
+    @cached_property
+    def by_groups(self) -> dict[tuple[Group, ...], torch.Tensor]:
+        """Indices (int64) of the whole tensors by the groups they are spread over, in an order that
+        all ranks share."""
         found: dict[tuple[Group, ...], list[int]] = {}
         for index, whole in enumerate(self.wholes):
             found.setdefault(whole.groups, []).append(index)
-        return found
+        return {groups: torch.tensor(index) for groups, index in found.items()}
 
     def sum_over_holders(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values[i]`` (int64 [num wholes], a statistic of this rank's pieces of whole i) over
@@ -156,14 +162,13 @@ class ShardMap:
         In place. One all-reduce per set of groups and sharded axis: exactly one under plain FSDP2
         or ZeRO, none where nothing is sharded.
         """
-        by_groups = {groups: index for groups, index in self.by_groups().items() if groups}
-        if len(by_groups) == 1 and len(next(iter(by_groups.values()))) == len(self.wholes):
-            for group in next(iter(by_groups)):
-                group.all_reduce(values)
-            return values
-        for groups, index in by_groups.items():
-            packed = values[index]
-            for group in groups:
-                group.all_reduce(packed)
-            values[index] = packed
+        for groups, index in self.by_groups.items():
+            if len(index) == len(self.wholes):
+                for group in groups:
+                    group.all_reduce(values)
+            elif groups:
+                packed = values[index]
+                for group in groups:
+                    group.all_reduce(packed)
+                values[index] = packed
         return values
