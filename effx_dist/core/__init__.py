@@ -1,0 +1,1 @@
+"""Pure functions of tensors: no ranks, no files, no clock, no global random state."""

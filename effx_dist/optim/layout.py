@@ -1,0 +1,185 @@
+"""Which elements of an optimiser's local tensors belong to which whole parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from effx_dist.errors import LayoutMismatchError
+from effx_dist.shard import Piece, ShardMap, local_of
+
+ShardMapSource = ShardMap | Callable[[Sequence[torch.Tensor]], ShardMap]
+"""A shard map of the parameters, or what draws one from them whenever their list changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Elements ``[start, start + length)`` of a flat local tensor; all if ``start`` is None."""
+
+    whole_index: int
+    start: int | None = None
+    length: int = 0
+
+    def of(self, local: torch.Tensor) -> torch.Tensor:
+        """This segment of ``local``, sharing its memory."""
+        if self.start is None:
+            return local
+        return local.view(-1).narrow(0, self.start, self.length)
+
+
+class Layout:
+    """The segments of a fixed list of parameters, and what the last step counted in them.
+
+    Attributes:
+        params: the parameters, in the order of the groups, each once.
+        shard_map: the wholes behind them; one local tensor per parameter.
+        labels: what a caller calls each whole: its name, or the index of its unnamed parameter.
+        segments: for each parameter, its segments. Elements in none of them are padding.
+        last_counts: int64 [num wholes], agreeing elements of each whole at the last step.
+        idle: indices of the wholes that had no gradient on this rank at the last step.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[torch.Tensor],
+        shard_map: ShardMap,
+        labels: Sequence[str | int],
+        segments: Sequence[tuple[Segment, ...]],
+    ) -> None:
+        self.params = tuple(params)
+        self.shard_map = shard_map
+        self.labels = tuple(labels)
+        self.segments = tuple(segments)
+        self.last_counts: torch.Tensor | None = None
+        self.idle: frozenset[int] = frozenset()
+        self._numels: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are summed: the device of the first parameter."""
+        return self.params[0].device if self.params else torch.device("cpu")
+
+    def numels(self, device: torch.device) -> torch.Tensor:
+        """Elements of each whole: int64 [num wholes]. Copied to a device once, not in each step."""
+        if device not in self._numels:
+            numels = [whole.numel for whole in self.shard_map.wholes]
+            self._numels[device] = torch.tensor(numels, dtype=torch.int64, device=device)
+        return self._numels[device]
+
+    def describe(self, index: int) -> str:
+        """Parameter ``index`` in words, for an error: the wholes that it holds elements of."""
+        wholes = self.shard_map.wholes
+        names = [wholes[segment.whole_index].name for segment in self.segments[index]]
+        return ", ".join(names) or f"parameter {index}"
+
+    def local_grad(self, index: int) -> torch.Tensor | None:
+        """The local gradient of parameter ``index``, or None. No communication is performed.
+
+        Raises:
+            LayoutMismatchError: the gradient is sparse, or of another shape or sharding.
+        """
+        param = self.params[index]
+        grad = param.grad
+        if grad is None:
+            return None
+        local_grad, local = local_of(grad), local_of(param)
+        if local_grad.layout != torch.strided:
+            raise LayoutMismatchError(
+                f"{self.describe(index)}: the gradient's layout is {local_grad.layout}, must be "
+                "torch.strided; use sparse=False in the embedding"
+            )
+        if _sharding(grad) != _sharding(param):
+            raise LayoutMismatchError(
+                f"{self.describe(index)}: the gradient is laid out as {_sharding(grad)} and the "
+                f"parameter as {_sharding(param)}; redistribute the gradient first"
+            )
+        if grad.shape != param.shape or local_grad.shape != local.shape:
+            raise LayoutMismatchError(
+                f"{self.describe(index)}: the gradient's shape is {tuple(grad.shape)}, on this "
+                f"rank {tuple(local_grad.shape)}; must be {tuple(param.shape)} and {tuple(local.shape)}"
+            )
+        is_cut = any(segment.start is not None for segment in self.segments[index])
+        return local_grad.contiguous() if is_cut else local_grad
+
+
+def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None) -> Layout:
+    """The layout of the parameters in ``groups``. No communication is performed.
+
+    Without a ``source``, a DTensor is a shard as its placements say and any other tensor is whole
+    on this rank.
+
+    Raises:
+        LayoutMismatchError: the shard map does not fit the parameters, or a DTensor has a pending
+        reduction.
+    """
+    params, labels = _unique_params(groups)
+    if source is None:
+        named = [_name(label) for label in labels]
+        shard_map = ShardMap.of_tensors(list(zip(named, params, strict=True)))
+        return Layout(params, shard_map, labels, [(Segment(i),) for i in range(len(params))])
+    shard_map = source if isinstance(source, ShardMap) else source(params)
+    if len(shard_map.pieces) != len(params):
+        raise LayoutMismatchError(
+            f"the shard map describes {len(shard_map.pieces)} local tensors, the optimiser holds "
+            f"{len(params)} parameters; give one tuple of pieces per parameter, in their order"
+        )
+    segments = [
+        _segments_of(f"parameter {i}", local_of(param).detach(), pieces, shard_map)
+        for i, (param, pieces) in enumerate(zip(params, shard_map.pieces, strict=True))
+    ]
+    return Layout(params, shard_map, [whole.name for whole in shard_map.wholes], segments)
+
+
+def _sharding(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if isinstance(tensor, DTensor):
+        return (tensor.device_mesh, tensor.placements)
+    return ("a plain tensor",)
+
+
+def _unique_params(
+    groups: Iterable[dict[str, Any]],
+) -> tuple[list[torch.Tensor], list[str | int]]:
+    found: dict[torch.Tensor, str | int] = {}
+    index = 0
+    for group in groups:
+        names = group.get("param_names")
+        for position, param in enumerate(group["params"]):
+            found.setdefault(param, names[position] if names else index)
+            index += 1
+    return list(found), list(found.values())
+
+
+def _name(label: str | int) -> str:
+    return label if isinstance(label, str) else f"parameter {label}"
+
+
+def _segments_of(
+    name: str, local: torch.Tensor, pieces: tuple[Piece, ...], shard_map: ShardMap
+) -> tuple[Segment, ...]:
+    """Merge the adjacent pieces of a whole: the boxes of a flat range lie one after the other."""
+    merged: list[tuple[int, int, int]] = []
+    for piece in sorted(pieces, key=lambda piece: piece.local_start):
+        whole_index = shard_map.index[piece.whole.name]
+        start, stop = piece.local_start, piece.local_start + piece.numel
+        last_stop = merged[-1][2] if merged else 0
+        if start < last_stop or stop > local.numel():
+            raise LayoutMismatchError(
+                f"{name}: {piece.box} of {piece.whole.name} takes the local elements "
+                f"[{start}, {stop}), which must lie in [{last_stop}, {local.numel()}), behind the last piece"
+            )
+        if merged and merged[-1][0] == whole_index and start == last_stop:
+            merged[-1] = (whole_index, merged[-1][1], stop)
+        else:
+            merged.append((whole_index, start, stop))
+    if len(merged) == 1 and merged[0][2] - merged[0][1] == local.numel():
+        return (Segment(merged[0][0]),)
+    if merged and not local.is_contiguous():
+        raise LayoutMismatchError(
+            f"{name}: strides {local.stride()} of a local tensor of shape {tuple(local.shape)} "
+            "must be contiguous, since it holds several pieces; call .contiguous() on it first"
+        )
+    return tuple(Segment(index, start, stop - start) for index, start, stop in merged)

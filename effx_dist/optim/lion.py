@@ -1,0 +1,61 @@
+"""Lion with the cautious mask."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from effx_dist.core import cautious
+from effx_dist.optim.base import CautiousOptimizer, Implementation, Work
+from effx_dist.optim.layout import ShardMapSource
+
+
+class CautiousLion(CautiousOptimizer):
+    """C-Lion (arXiv 2411.16085): Lion that skips elements whose update opposes the gradient.
+
+    With the moment m of the steps before, over the n elements of a whole parameter::
+
+        p     = p * (1 - lr * weight_decay)
+        u     = sign(beta1 * m + (1 - beta1) * g)
+        mask  = 1[u * g > 0]
+        scale = 1 / max(sum(mask) / n, 1e-3)
+        p     = p - lr * scale * mask * u
+        m     = beta2 * m + (1 - beta2) * g
+
+    State: ``step`` (float32, 0-d, on the host) and ``exp_avg``. A NaN in the gradient spreads to
+    the moment and the parameter. Sharding, dtypes, communication, the arguments and the errors are
+    those of :class:`~effx_dist.optim.adamw.CautiousAdamW`; there is no ``eps``.
+    """
+
+    _moment_names = ("exp_avg",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.95, 0.98),
+        weight_decay: float = 0.0,
+        cautious_weight_decay: bool = False,
+        maximize: bool = False,
+        implementation: Implementation = "auto",
+        shard_map: ShardMapSource | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "cautious_weight_decay": cautious_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, implementation, shard_map)
+
+    def _count(self, item: Work) -> torch.Tensor:
+        grad = item.grad()
+        return cautious.count_agreement(self._update(item, grad)[0], grad)
+
+    def _update(self, item: Work, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        update = cautious.lion_update(item.moments["exp_avg"], grad, item.options.betas[0])
+        return update, update
+
+    def _finish(self, item: Work, grad: torch.Tensor) -> None:
+        cautious.lion_moment_(item.moments["exp_avg"], grad, item.options.betas[1])
