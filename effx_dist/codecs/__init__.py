@@ -1,0 +1,6 @@
+"""Lossless codecs: bytes to bytes and symbols to bytes. numcodecs finds them by entry point."""
+
+from effx_dist.codecs.planes import BytePlanes
+from effx_dist.codecs.symbols import SparseSymbols, pack, pack_inside, unpack, unpack_inside
+
+__all__ = ["BytePlanes", "SparseSymbols", "pack", "pack_inside", "unpack", "unpack_inside"]

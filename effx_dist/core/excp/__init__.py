@@ -1,0 +1,30 @@
+"""ExCP: residual, joint pruning and quantisation of a parameter tensor and its moments.
+
+Read profiles.py, statistics.py (rounds 1 and 2), dead_zone.py, moments.py and joint.py (round 3 and
+the quantiser), in this order. Pure numpy arithmetic; no ranks, no files.
+"""
+
+from effx_dist.core.excp.arrays import JointArrays, JointSymbols
+from effx_dist.core.excp.joint import CELLS_LEN, JointQuantiser, build_quantiser, cells
+from effx_dist.core.excp.lossless import delta_bits, undo_delta_bits
+from effx_dist.core.excp.profiles import PROFILES, CentroidRule, DeadZoneRule, Profile
+from effx_dist.core.excp.statistics import RANGES_LEN, SUMS_LEN, ranges, sums
+
+__all__ = [
+    "CELLS_LEN",
+    "PROFILES",
+    "RANGES_LEN",
+    "SUMS_LEN",
+    "CentroidRule",
+    "DeadZoneRule",
+    "JointArrays",
+    "JointQuantiser",
+    "JointSymbols",
+    "Profile",
+    "build_quantiser",
+    "cells",
+    "delta_bits",
+    "ranges",
+    "sums",
+    "undo_delta_bits",
+]
