@@ -1,0 +1,72 @@
+"""What the sampler warns of."""
+
+from __future__ import annotations
+
+import warnings
+
+from effx_dist.core.infobatch import STALENESS_BOUND
+from effx_dist.shard import Group
+
+
+class EffxWarning(UserWarning):
+    """Something that works but does not do what the user is likely to expect."""
+
+
+class Messages:
+    """Warns of each matter once in a sampler's life, on the group's first rank only."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def _say(self, group: Group, matter: str, text: str) -> None:
+        if matter not in self._said:
+            self._said.add(matter)
+            if group.rank == 0:
+                warnings.warn(text, EffxWarning, stacklevel=4)
+
+    def nothing_is_pruned(self, group: Group, num_epochs: int, delta: float) -> None:
+        """No epoch of the run is left for pruning."""
+        self._say(
+            group,
+            "nothing_is_pruned",
+            f"num_epochs={num_epochs}, delta={delta}: every epoch uses all samples, so InfoBatch will save nothing. "
+            "It prunes neither the first epoch nor the last max(1, round((1 - delta) * num_epochs)); train for more "
+            "epochs, or leave it out",
+        )
+
+    def beyond_the_run(self, group: Group, epoch: int, num_epochs: int) -> None:
+        """An epoch was asked for that the run has not."""
+        self._say(
+            group,
+            "beyond_the_run",
+            f"epoch {epoch} lies beyond num_epochs={num_epochs}: such epochs use all samples, with weight 1; give the "
+            "sampler the true num_epochs",
+        )
+
+    def too_few_kept(self, group: Group, epoch: int, num_kept: int, global_batch: int) -> None:
+        """A pruned epoch would not fill one global batch."""
+        self._say(
+            group,
+            "too_few_kept",
+            f"epoch {epoch} would keep {num_kept} samples, fewer than one global batch of {global_batch} "
+            "(drop_last=True): it is not pruned. Use a smaller global batch, or drop_last=False",
+        )
+
+    def nonfinite_losses(self, group: Group, num_nonfinite: int) -> None:
+        """Some losses were NaN or infinite."""
+        self._say(
+            group,
+            "nonfinite_losses",
+            f"{num_nonfinite} per-sample losses were NaN or infinite: they are not scored and their samples are kept. "
+            "sampler.num_nonfinite counts them",
+        )
+
+    def stale_scores(self, group: Group, epoch: int, share: float) -> None:
+        """Scores say when a sample was visited rather than how hard it is."""
+        self._say(
+            group,
+            "stale_scores",
+            f"{share:.0%} of the variance of the losses of epoch {epoch} is explained by when in the epoch a sample "
+            f"was visited (bound: {STALENESS_BOUND:.0%}), not by how hard it is, so samples would be pruned nearly at "
+            'random. Use score="relative", which compares each loss with the mean of the same stretch of training',
+        )
