@@ -18,6 +18,23 @@ MAGIC = b"EFFXBLK1"
 REMEDY = "Restore the file from a copy, or load an older step"
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, never through a link and without waiting for a pipe.
+
+    Raises CorruptCheckpointError where there is no such file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise CorruptCheckpointError(
+            f"{path}: cannot be opened ({error.strerror}); the checkpoint is incomplete. {REMEDY}"
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptCheckpointError(f"{path}: is not a regular file; it was replaced. {REMEDY}")
+    return os.fdopen(descriptor, "rb")
+
+
 class BlockWriter:
     """Appends blocks to one new file. Not durable before :meth:`close` returns."""
 
@@ -74,21 +91,15 @@ class BlockReader:
         """The open file. Raises CorruptCheckpointError where it is missing, of another size or of
         another kind."""
         if self._file is None:
-            try:
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
-            except OSError as error:
-                raise CorruptCheckpointError(
-                    f"{self.path}: cannot be opened ({error.strerror}); the checkpoint is incomplete. {REMEDY}"
-                ) from error
-            self._file = os.fdopen(descriptor, "rb")
+            self._file = open_regular(self.path)
             self._check(self._file)
         return self._file
 
     def _check(self, file: BinaryIO) -> None:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size != self._num_bytes:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes != self._num_bytes:
             raise CorruptCheckpointError(
-                f"{self.path}: has {status.st_size} bytes, the manifest says {self._num_bytes}; "
+                f"{self.path}: has {num_bytes} bytes, the manifest says {self._num_bytes}; "
                 f"it was cut off or replaced. {REMEDY}"
             )
         if file.read(len(MAGIC)) != MAGIC:

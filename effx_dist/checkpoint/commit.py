@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from effx_dist import __version__
-from effx_dist.checkpoint.chain import Chain
+from effx_dist.checkpoint.chain import Chain, Key
 from effx_dist.checkpoint.fragment import facts_of_plans
 from effx_dist.checkpoint.joints import Joint, TensorFacts, find_joints, is_chained
 from effx_dist.checkpoint.manifest import (
@@ -39,11 +39,11 @@ LOSSLESS = "lossless"
 
 @dataclass(frozen=True)
 class LocalState:
-    """What one rank could go on from: checkpoints it has references of, and the tensors it lacks
-    them for."""
+    """What one rank could go on from: checkpoints it has references of, and the boxes it lacks them
+    for."""
 
     ids: tuple[str | None, ...]
-    unreferenced: frozenset[str]
+    unreferenced: frozenset[Key]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,12 @@ def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[
     due = chain.figures is None or chain.figures.saves_since_base + 1 >= config.base_every
     shared = chain.id is not None and all(chain.id in state.ids for state in states)
     parent_id = chain.id if shared and not due else None
-    unreferenced = frozenset().union(*(state.unreferenced for state in states))
+    unreferenced = frozenset(
+        item.index.fqn
+        for plan in plans
+        for item in plan.items  # of replicas, only the rank that writes needs a reference
+        if (item.index.fqn, tuple(item.index.offset or ())) in plan.storage_data.unreferenced
+    )
     facts = facts_of_plans(plans)
     specs: tuple[JointSpec, ...] = ()
     if parent_id is not None and config.profile != LOSSLESS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,10 @@ from torch.distributed.checkpoint.planner import (
 
 from effx_dist.checkpoint.joints import TensorFacts, find_joints
 from effx_dist.checkpoint.tree import tree_from_json, tree_to_json
-from effx_dist.shard import Box, LocalRows, local_of, pieces_of_tensor
+from effx_dist.shard import Box, LocalRows, local_of, pieces_of_tensor, whole_box
+
+Place = tuple[str, tuple[int, ...]]
+"""A joint's weight (or a tensor of no joint), and a box's offsets."""
 
 
 class Fragment:
@@ -62,6 +66,8 @@ class Fragment:
             return cls(value.global_shape, value.local.dtype, parts)
         whole, pieces = pieces_of_tensor(name, value)
         local = local_of(value).detach()
+        if not whole.numel:  # nobody holds a piece of it; one rank writes its shape
+            return cls(whole.shape, value.dtype, [(whole_box(whole.shape), local)])
         if pieces and not local.is_contiguous():
             # only a whole plain tensor may be strided oddly; its one piece is the tensor itself
             return cls(whole.shape, value.dtype, [(pieces[0].box, local)])
@@ -105,29 +111,27 @@ def colocate_joints(plans: Sequence[SavePlan]) -> list[SavePlan]:
     """Let one rank write each piece that several hold, and the pieces of a weight and its moments
     together.
 
-    The rank with the least to write so far gets the next piece. Returns new plans; no communication
-    is performed.
+    Which one depends on the weight's name alone, so that the rank that has the reference of a
+    replicated weight writes it again next time, whatever else is saved. Returns new plans; no
+    communication is performed.
     """
     joint_of = _joint_names(plans)
-    holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    holders: dict[Place, list[int]] = {}
     for rank, plan in enumerate(plans):
-        for item in plan.items:
-            ranks = holders.setdefault(_place(item, joint_of), [])
-            if not ranks or ranks[-1] != rank:
-                ranks.append(rank)
-    load_bytes = [0] * len(plans)
-    writer: dict[tuple[str, tuple[int, ...]], int] = {}
-    kept: list[list[WriteItem]] = [[] for _ in plans]
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            place = _place(item, joint_of)
-            if place not in writer:
-                writer[place] = min(holders[place], key=load_bytes.__getitem__)
-            if writer[place] == rank:
-                kept[rank].append(item)
-            if rank == holders[place][0]:
-                load_bytes[writer[place]] += item.tensor_storage_size() or 1
-    return [dataclasses.replace(plan, items=items) for plan, items in zip(plans, kept, strict=True)]
+        for place in {_place(item, joint_of) for item in plan.items}:
+            holders.setdefault(place, []).append(rank)
+    return [
+        dataclasses.replace(
+            plan,
+            items=[i for i in plan.items if _writer_of(_place(i, joint_of), holders) == rank],
+        )
+        for rank, plan in enumerate(plans)
+    ]
+
+
+def _writer_of(place: Place, holders: Mapping[Place, Sequence[int]]) -> int:
+    ranks = holders[place]
+    return ranks[zlib.crc32(place[0].encode()) % len(ranks)]
 
 
 def _joint_names(plans: Sequence[SavePlan]) -> dict[str, str]:
@@ -136,7 +140,7 @@ def _joint_names(plans: Sequence[SavePlan]) -> dict[str, str]:
     return {name: joint.weight for joint in joints for name in joint.names}
 
 
-def _place(item: WriteItem, joint_of: Mapping[str, str]) -> tuple[str, tuple[int, ...]]:
+def _place(item: WriteItem, joint_of: Mapping[str, str]) -> Place:
     fqn = item.index.fqn
     return joint_of.get(fqn, fqn), tuple(item.index.offset or ())
 

@@ -65,28 +65,31 @@ def find_joints(tensors: Mapping[str, TensorFacts]) -> tuple[Joint, ...]:
             for suffix in (name, name.partition(".")[2]):
                 if suffix:
                     weights.setdefault(suffix, []).append(name)
-    found: dict[str, str] = {}
-    for name, facts in tensors.items():
-        if name.endswith(EXP_AVG) and facts.dtype == torch.float32:
-            weight = _weight_of(name.removesuffix(EXP_AVG), weights)
-            if weight and weight not in found and tensors[weight].shape == facts.shape:
-                found[weight] = name
+    found: dict[str, tuple[int, str]] = {}
+    for name, facts in sorted(tensors.items()):
+        if not name.endswith(EXP_AVG) or facts.dtype != torch.float32:
+            continue
+        weight, num_matched = _weight_of(name.removesuffix(EXP_AVG), weights)
+        fits = weight is not None and tensors[weight].shape == facts.shape
+        # of two moments that claim a weight the one that names more of it has it, then the first
+        if weight is not None and fits and num_matched > found.get(weight, (0, ""))[0]:
+            found[weight] = (num_matched, name)
     return tuple(
-        Joint(weight, found[weight], _second_moment(found[weight], tensors))
+        Joint(weight, found[weight][1], _second_moment(found[weight][1], tensors))
         for weight in sorted(found)
     )
 
 
-def _weight_of(stem: str, weights: Mapping[str, list[str]]) -> str | None:
+def _weight_of(stem: str, weights: Mapping[str, list[str]]) -> tuple[str | None, int]:
     """The weight whose name, with or without its first component, is the longest dotted end of
-    ``stem``."""
+    ``stem``, and how many characters of it that end is."""
     suffix = stem
     while suffix:
         candidates = weights.get(suffix, [])
         if candidates:
-            return candidates[0] if len(candidates) == 1 else None
+            return (candidates[0] if len(candidates) == 1 else None), len(suffix)
         suffix = suffix.partition(".")[2]
-    return None
+    return None, 0
 
 
 def _second_moment(exp_avg: str, tensors: Mapping[str, TensorFacts]) -> str | None:

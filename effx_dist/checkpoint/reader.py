@@ -25,10 +25,11 @@ from torch.distributed.checkpoint.metadata import STORAGE_TYPES, StorageMeta, Te
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
-from effx_dist.checkpoint.blockfile import BlockReader
+from effx_dist.checkpoint.blockfile import REMEDY, BlockReader, open_regular
 from effx_dist.checkpoint.chunks import ChunkDecoder
 from effx_dist.checkpoint.folder import MANIFEST, local_folder, newest_step, step_name
 from effx_dist.checkpoint.manifest import (
+    MAX_MANIFEST_BYTES,
     Delta,
     JointWeight,
     Manifest,
@@ -36,6 +37,7 @@ from effx_dist.checkpoint.manifest import (
     manifest_checksum,
     manifest_from_bytes,
 )
+from effx_dist.checkpoint.manifest_checks import check_manifest
 from effx_dist.core.excp import JointQuantiser
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 from effx_dist.shard import Box
@@ -51,8 +53,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise CheckpointNotFoundError(
             f"{folder}: holds no {MANIFEST}; it is not a committed checkpoint"
         )
-    content = path.read_bytes()
-    return manifest_from_bytes(content, path), manifest_checksum(content, path)
+    with open_regular(path) as file:
+        content = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise CorruptCheckpointError(
+            f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is"
+        )
+    manifest = manifest_from_bytes(content, path)
+    check_manifest(manifest, path)
+    return manifest, manifest_checksum(content, path)
 
 
 class StepReader:
@@ -134,9 +143,10 @@ class ChainReader:
         for depth in itertools.count():
             step = self._step(depth)
             record = step.manifest.tensors.get(name)
-            if record is None or record.shape != self.top.manifest.tensors[name].shape:
+            wanted = self.top.manifest.tensors[name]
+            if record is None or (record.shape, record.dtype) != (wanted.shape, wanted.dtype):
                 raise CorruptCheckpointError(
-                    f"{step.folder}: does not hold {name}, which a later checkpoint refers to"
+                    f"{step.folder}: does not hold {name} as a later checkpoint refers to it"
                 )
             needed.append(step)
             if not isinstance(record.coding, Delta | JointWeight):
@@ -151,19 +161,28 @@ class ChainReader:
                 raise CorruptCheckpointError(
                     f"{below.folder}: refers to a parent that it does not name"
                 )
-            self.steps.append(StepReader(self._sibling(parent.name), parent.xxh3))
+            self.steps.append(self._open_parent(self._sibling(parent.name), parent.xxh3))
         return self.steps[depth]
 
     def _sibling(self, name: str) -> Path:
         folder = self.top.folder.parent / name
         if any(step.folder == folder for step in self.steps):
             raise CorruptCheckpointError(f"{folder}: its chain of parents is a circle")
-        if not folder.is_dir():
+        if not folder.is_dir() or folder.is_symlink():
             raise CorruptCheckpointError(
-                f"{folder}: is missing, and {self.top.folder.name} is stored as differences to it. "
+                f"{folder}: is missing (or a link), and {self.top.folder.name} is stored as differences to it. "
                 "Restore it from a copy, or load an older step"
             )
         return folder
+
+    def _open_parent(self, folder: Path, checksum: str) -> StepReader:
+        try:
+            return StepReader(folder, checksum)
+        except CheckpointNotFoundError as error:
+            raise CorruptCheckpointError(
+                f"{folder}: has no manifest, and {self.top.folder.name} is stored as differences to "
+                f"it. {REMEDY}"
+            ) from error
 
     def close(self) -> None:
         """Close all files."""

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from effx_dist.checkpoint.drive import drive_load, together
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.joints import is_chained
-from effx_dist.checkpoint.manifest import Manifest, ParentRecord
+from effx_dist.checkpoint.manifest import Manifest, ParentRecord, short
 from effx_dist.checkpoint.random_state import set_random_state
 from effx_dist.checkpoint.reader import ExcpReader
 from effx_dist.checkpoint.saver import Loaded
@@ -19,13 +19,16 @@ from effx_dist.checkpoint.training_state import (
     Stateful,
     Targets,
     chained_references,
+    empty_for,
     extra_leaves,
     install_optimizer_state,
+    read_tree,
     restore_group_options,
     run_values,
     targets_of,
 )
-from effx_dist.checkpoint.tree import Leaf, tree_from_json
+from effx_dist.checkpoint.tree import Leaf
+from effx_dist.errors import CorruptCheckpointError
 from effx_dist.shard import Group
 
 
@@ -52,8 +55,9 @@ def restore(
 
     together(group, fill, keep_own_error=True)
     _install(model, optimizer, stateful, targets, manifest, others)
-    set_random_state({n.rpartition(".")[2]: tensor for n, tensor in random_states.items()})
-    extra = tree_from_json(run_values(manifest)["extra"], others.__getitem__)
+    states = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
+    _set_random_state(states, group.rank)
+    extra = read_tree(run_values(manifest).extra, others, "extra")
     return extra, _loaded(reader, {**targets.leaves, **others})
 
 
@@ -66,23 +70,33 @@ def _install(
     others: Mapping[str, Leaf],
 ) -> None:
     values = run_values(manifest)
-    if values["model_values"]:
-        model_values = tree_from_json(values["model_values"], others.__getitem__)
+    if values.model_values:
+        model_values = read_tree(values.model_values, others, "model values")
         set_model_state_dict(model, model_values, options=StateDictOptions(strict=False))
-    if optimizer is not None and "param_groups" in values:
+    if optimizer is not None and values.param_groups is not None:
         install_optimizer_state(model, optimizer, targets, values)
-        options = tree_from_json(values["param_groups"], others.__getitem__)
+        options = read_tree(values.param_groups, others, "param_groups")
         restore_group_options(optimizer, options)
-    states = tree_from_json(values["stateful"], others.__getitem__)
+    states = read_tree(values.stateful, others, "stateful")
     for name, obj in stateful.items():
         if name in states:
             obj.load_state_dict(states[name])
 
 
+def _set_random_state(state: Mapping[str, torch.Tensor], rank: int) -> None:
+    try:
+        set_random_state(state)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        reason = short(f"{type(error).__name__}: {error}")
+        raise CorruptCheckpointError(
+            f"rng.{rank}: the saved random states are none: {reason}"
+        ) from None
+
+
 def _random_leaves(manifest: Manifest, rank: int) -> dict[str, torch.Tensor]:
     prefix = f"rng.{rank}."
     return {
-        name: torch.empty(record.shape, dtype=record.torch_dtype)
+        name: empty_for(name, record)
         for name, record in manifest.tensors.items()
         if name.startswith(prefix)
     }

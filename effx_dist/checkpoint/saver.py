@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from effx_dist.checkpoint.manifest import Figures, ParentRecord
 from effx_dist.checkpoint.retention import remove_leftovers, retire, set_aside_newer
 from effx_dist.checkpoint.writer import ExcpWriter
 from effx_dist.config import ExcpConfig
+from effx_dist.errors import EffxError
 from effx_dist.shard import Group
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,16 @@ class Saver:
         )
         manifest = drive_save(dict(job.state), writer, self._group)
         if self._group.rank == 0:
-            retire(self._folder, self._config)
+            self._retire()
         write_s = time.perf_counter() - started
         return SaveResult(job.step, manifest.kind, manifest.figures, write_s)
+
+    def _retire(self) -> None:
+        """What cannot be retired does not make a committed save a failed one."""
+        try:
+            retire(self._folder, self._config)
+        except (OSError, EffxError):
+            logger.exception("%s: old checkpoints could not be retired", self._folder)
 
     def _clear_the_way(self) -> None:
         if self._group.rank == 0 and self._is_first:

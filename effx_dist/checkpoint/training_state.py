@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -19,10 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from effx_dist.checkpoint.fragment import Fragment
-from effx_dist.checkpoint.manifest import Manifest
+from effx_dist.checkpoint.manifest import Manifest, TensorRecord, short
 from effx_dist.checkpoint.random_state import random_state
 from effx_dist.checkpoint.tree import Leaf, leaf_paths, tree_from_json, tree_to_json
-from effx_dist.errors import LayoutMismatchError
+from effx_dist.errors import CorruptCheckpointError, LayoutMismatchError
 from effx_dist.shard import LocalRows
 
 MODEL = "model"
@@ -212,7 +213,7 @@ def install_optimizer_state(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     targets: Targets,
-    values: Mapping[str, Any],
+    values: RunValues,
 ) -> None:
     """Hand the filled state to the optimizer; parameters without a saved state lose theirs."""
     groups = (
@@ -220,8 +221,9 @@ def install_optimizer_state(
         if targets.optimizer_state
         else []
     )
-    for parameter, entries in values.get("optimizer_values", {}).items():
-        targets.optimizer_state.setdefault(parameter, {}).update(tree_from_json(entries, _no_leaf))
+    for parameter, entries in values.optimizer_values.items():
+        found = read_tree(entries, {}, f"optimizer values of {parameter}")
+        targets.optimizer_state.setdefault(parameter, {}).update(found)
     if targets.optimizer_state:
         full: dict[str, Any] = {"state": targets.optimizer_state, "param_groups": groups}
         set_optimizer_state_dict(model, optimizer, full)
@@ -229,17 +231,35 @@ def install_optimizer_state(
         optimizer.state.clear()
 
 
-def _no_leaf(path: str) -> Leaf:
-    raise LayoutMismatchError(
-        f"{path}: a tensor inside a non-tensor optimizer value is not supported"
-    )
+class RunValues(BaseModel):
+    """What :func:`collect` puts into a manifest as JSON; empty where no Checkpointer wrote it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model_values: dict[str, Any] = {}
+    optimizer_values: dict[str, dict[str, Any]] = {}
+    param_groups: list[dict[str, Any]] | None = None
+    stateful: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
 
 
-def run_values(manifest: Manifest) -> dict[str, Any]:
-    """What :func:`collect` put into the manifest; empty for a checkpoint written without a
-    Checkpointer."""
-    stored = manifest.extra if isinstance(manifest.extra, dict) else {}
-    return {"model_values": {}, "stateful": {}, "extra": {}, **stored}
+def run_values(manifest: Manifest) -> RunValues:
+    """The JSON side of a checkpoint. Raises CorruptCheckpointError where it is none of ours."""
+    try:
+        values = RunValues.model_validate({} if manifest.extra is None else manifest.extra)
+        leaf_paths(values.model_dump())
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"step {manifest.step}: extra: {short(str(error))}") from None
+    return values
+
+
+def read_tree(value: Any, leaves: Mapping[str, Leaf], what: str) -> Any:
+    """A tree of the manifest with its tensors. Raises CorruptCheckpointError for one that is none."""
+    try:
+        return tree_from_json(value, leaves.__getitem__)
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        reason = short(f"{type(error).__name__}: {error}")
+        raise CorruptCheckpointError(f"the manifest's {what} cannot be read: {reason}") from None
 
 
 def extra_leaves(manifest: Manifest, stateful: Mapping[str, Stateful]) -> dict[str, Leaf]:
@@ -248,7 +268,7 @@ def extra_leaves(manifest: Manifest, stateful: Mapping[str, Stateful]) -> dict[s
 
     ``state_dict()`` of objects with rows is called for their layout, and may communicate.
     """
-    paths = leaf_paths(run_values(manifest))
+    paths = leaf_paths(run_values(manifest).model_dump())
     wanted: dict[str, Leaf] = {}
     row_paths = {path for path, tag in paths.items() if tag == "$rows"}
     for name, obj in stateful.items():
@@ -258,13 +278,25 @@ def extra_leaves(manifest: Manifest, stateful: Mapping[str, Stateful]) -> dict[s
     for path in paths:
         record = manifest.tensors.get(path)
         if record is None:
-            raise LayoutMismatchError(f"{path}: the manifest names a tensor that it does not hold")
+            raise CorruptCheckpointError(
+                f"{short(str(path))}: the manifest refers to a tensor that it does not hold"
+            )
         rows = wanted.get(path)
         if isinstance(rows, LocalRows):
             leaves[path] = LocalRows(rows.local.clone(), rows.start, rows.global_rows)
         else:
-            leaves[path] = torch.empty(record.shape, dtype=record.torch_dtype)
+            leaves[path] = empty_for(path, record)
     return leaves
+
+
+def empty_for(name: str, record: TensorRecord) -> torch.Tensor:
+    """Host memory for a whole tensor that a manifest describes."""
+    try:
+        return torch.empty(record.shape, dtype=record.torch_dtype)
+    except RuntimeError as error:
+        raise CorruptCheckpointError(
+            f"{name}: no memory for a tensor of shape {record.shape}: {short(str(error))}"
+        ) from None
 
 
 def chained_references(

@@ -25,16 +25,15 @@ def tree_to_json(value: Any, path: str, tensors: dict[str, Leaf]) -> Any:
     Raises TypeError naming the path and type of what JSON cannot hold.
     """
     match value:
-        case torch.Tensor():
+        case torch.Tensor() | LocalRows():
+            if path in tensors:
+                raise TypeError(f"{path}: two tensors have this path; rename one of the keys")
             tensors[path] = value
-            return {"$tensor": path}
-        case LocalRows():
-            tensors[path] = value
-            return {"$rows": path}
+            return {"$rows" if isinstance(value, LocalRows) else "$tensor": path}
         case None | bool() | int() | str():
             return value
         case float():
-            return value if math.isfinite(value) else {"$float": repr(value)}
+            return value if math.isfinite(value) else {"$float": repr(float(value))}
         case list():
             return [tree_to_json(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]
         case tuple():
@@ -51,10 +50,17 @@ def _mapping_to_json(value: Mapping[Any, Any], path: str, tensors: dict[str, Lea
     plain = all(isinstance(key, str) and key not in TAGS for key in value)
     if plain:
         return {key: tree_to_json(v, f"{path}.{key}", tensors) for key, v in value.items()}
-    items = [
-        [tree_to_json(key, f"{path} (a key)", {}), tree_to_json(v, f"{path}.{key}", tensors)]
-        for key, v in value.items()
-    ]
+    items = []
+    for key, v in value.items():
+        inside_key: dict[str, Leaf] = {}
+        items.append(
+            [
+                tree_to_json(key, f"{path} (a key)", inside_key),
+                tree_to_json(v, f"{path}.{key}", tensors),
+            ]
+        )
+        if inside_key:
+            raise TypeError(f"{path}: a tensor cannot be the key of a dictionary in a checkpoint")
     return {"$items": items}
 
 

@@ -109,7 +109,7 @@ class ExcpWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         unreferenced = frozenset(
-            item.index.fqn
+            (item.index.fqn, _box(item).offsets)
             for item in plan.items
             if _is_chained(item) and self._reference(item) is None
         )

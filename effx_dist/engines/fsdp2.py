@@ -27,9 +27,10 @@ def init(
     """Join the ranks that the launcher started and arrange them in a mesh.
 
     Args:
-        device_type: "cuda" (nccl) or "cpu" (gloo); None: cuda where there is one. replicas: 1 for
-            FSDP (axis "shard"); more for HSDP, the world being ``replicas`` x shards (axes
-            "replicate", "shard"). timeout: how long a collective waits before it fails.
+        device_type: "cuda" (nccl) or "cpu" (gloo); None: cuda where there is one.
+        replicas: 1 for FSDP (axis "shard"); more for HSDP, the world being ``replicas`` x shards
+            (axes "replicate", "shard").
+        timeout: how long a collective waits before it fails.
 
     Raises ValueError where the replicas do not divide the world. Without a launcher, this process
     is the whole world.

@@ -1,0 +1,170 @@
+"""Whether a manifest holds together, before anything that it says is used.
+
+A manifest may be damaged or hostile: names stay inside the folder, boxes tile their tensor, blocks lie apart inside
+their files, and no size asks for more memory than the files' bytes can account for.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from effx_dist.checkpoint.folder import checked_rank_file_name, checked_sibling_name
+from effx_dist.checkpoint.manifest import (
+    BLOCK_NUMEL,
+    DTYPES,
+    MAX_INLINE_BYTES,
+    ChunkRecord,
+    Coding,
+    FileRecord,
+    JointMoment,
+    JointSecondMoment,
+    Manifest,
+    TensorRecord,
+    short,
+)
+from effx_dist.errors import CorruptCheckpointError
+from effx_dist.shard import Box, whole_box
+
+MAX_RATIO = 2**17
+"""Largest ratio of raw to stored bytes of a lossless block that is believed (zstd reaches 2**15 on zeros)."""
+MAX_DIMS = 64
+
+
+def check_manifest(manifest: Manifest, path: Path) -> None:
+    """Raise CorruptCheckpointError, naming ``path`` and the tensor, for a manifest that does not
+    hold together."""
+    try:
+        _check(manifest, path)
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(short(str(error), 1500)) from None
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    where = str(path)
+    if (manifest.kind == "link") != (manifest.parent is not None):
+        raise CorruptCheckpointError(f"{where}: a link needs a parent and a base has none")
+    if manifest.parent is not None:
+        checked_sibling_name(manifest.parent.name, where)
+    for file in manifest.files:
+        checked_rank_file_name(file.name, where)
+    if len({file.name for file in manifest.files}) != len(manifest.files):
+        raise CorruptCheckpointError(f"{where}: names a data file twice")
+    for name, record in manifest.tensors.items():
+        _check_tensor(f"{where}: tensor {name!r}", record, manifest)
+    _check_blocks_apart(where, manifest)
+    for alias, name in manifest.aliases.items():
+        if name not in manifest.tensors or alias in manifest.tensors:
+            raise CorruptCheckpointError(f"{where}: alias {alias!r} of {name!r} does not resolve")
+
+
+def _check_tensor(where: str, record: TensorRecord, manifest: Manifest) -> None:
+    if record.dtype not in DTYPES:
+        raise CorruptCheckpointError(f"{where}: unknown dtype {record.dtype!r}")
+    needs_parent = record.coding.kind in ("delta", "joint_weight")
+    if needs_parent and manifest.parent is None:
+        raise CorruptCheckpointError(f"{where}: is stored as a difference, but there is no parent")
+    for partner, kind in _partners(record.coding).items():
+        other = manifest.tensors.get(partner)
+        if other is None or other.coding.kind != kind or other.shape != record.shape:
+            raise CorruptCheckpointError(
+                f"{where}: its partner {partner!r} is not a {kind} of its shape"
+            )
+        if [c.box for c in other.chunks] != [c.box for c in record.chunks]:
+            raise CorruptCheckpointError(f"{where}: cut differently from its partner {partner!r}")
+    boxes = [chunk.box for chunk in record.chunks if len(chunk.offsets) == len(chunk.sizes)]
+    if len(boxes) != len(record.chunks):
+        raise CorruptCheckpointError(f"{where}: a chunk has offsets and sizes of different lengths")
+    _check_tiling(where, record, boxes)
+    for chunk in record.chunks:
+        _check_chunk(where, record, chunk, manifest.files)
+
+
+def _partners(coding: Coding) -> dict[str, str]:
+    match coding:
+        case JointMoment():
+            second = {coding.exp_avg_sq: "joint_exp_avg_sq"} if coding.exp_avg_sq else {}
+            return {coding.weight: "joint_weight"} | second
+        case JointSecondMoment():
+            return {coding.weight: "joint_weight", coding.exp_avg: "joint_exp_avg"}
+        case _:
+            return {}
+
+
+def _check_blocks_apart(where: str, manifest: Manifest) -> None:
+    """Blocks that share bytes would let a small file claim any amount of memory."""
+    ends = [0] * len(manifest.files)
+    blocks = sorted(
+        (chunk.file, block.offset, block.length)
+        for record in manifest.tensors.values()
+        for chunk in record.chunks
+        for block in chunk.blocks
+    )
+    for file, offset, length in blocks:
+        if offset < ends[file]:
+            raise CorruptCheckpointError(
+                f"{where}: two blocks of {manifest.files[file].name} overlap at byte {offset}"
+            )
+        ends[file] = offset + length
+
+
+def _check_tiling(where: str, record: TensorRecord, boxes: list[Box]) -> None:
+    if len(record.shape) > MAX_DIMS or math.prod(max(size, 1) for size in record.shape) >= 2**62:
+        raise CorruptCheckpointError(f"{where}: no tensor has the shape {record.shape[:MAX_DIMS]}")
+    whole = whole_box(record.shape)
+    if any(not box.is_inside(whole) for box in boxes):
+        raise CorruptCheckpointError(f"{where}: a chunk lies outside its shape {record.shape}")
+    stored = sum(box.numel for box in boxes)
+    ordered = sorted(boxes, key=lambda box: box.offsets)
+    overlap = any(
+        a.intersect(b) for index, a in enumerate(ordered) for b in _until_past(ordered, index, a)
+    )
+    if overlap or stored != record.numel:
+        raise CorruptCheckpointError(
+            f"{where}: its chunks hold {stored} elements of {record.numel} and "
+            f"{'overlap' if overlap else 'do not overlap'}; they must tile it exactly"
+        )
+
+
+def _until_past(ordered: list[Box], index: int, box: Box) -> list[Box]:
+    """The boxes after ``index`` that start before ``box`` ends along the first dimension."""
+    if not box.offsets:
+        return ordered[index + 1 :]
+    end = box.offsets[0] + box.sizes[0]
+    stop = index + 1
+    while stop < len(ordered) and ordered[stop].offsets[0] < end:
+        stop += 1
+    return ordered[index + 1 : stop]
+
+
+def _check_chunk(
+    where: str, record: TensorRecord, chunk: ChunkRecord, files: list[FileRecord]
+) -> None:
+    numel, itemsize = chunk.box.numel, record.torch_dtype.itemsize
+    if chunk.file >= len(files):
+        raise CorruptCheckpointError(f"{where}: names file {chunk.file} of {len(files)}")
+    if chunk.inline is not None:
+        if (
+            chunk.blocks
+            or record.coding.kind != "planes"
+            or numel * itemsize > MAX_INLINE_BYTES
+            or len(chunk.inline) != 2 * numel * itemsize
+        ):
+            raise CorruptCheckpointError(f"{where}: an inline chunk does not hold {numel} elements")
+        return
+    if len(chunk.blocks) != -(-numel // BLOCK_NUMEL):
+        raise CorruptCheckpointError(
+            f"{where}: {numel} elements need {-(-numel // BLOCK_NUMEL)} blocks, the manifest has {len(chunk.blocks)}"
+        )
+    for index, block in enumerate(chunk.blocks):
+        if block.offset + block.length > files[chunk.file].bytes:
+            raise CorruptCheckpointError(
+                f"{where}: block {index} lies outside {files[chunk.file].name}"
+            )
+        raw_bytes = min(BLOCK_NUMEL, numel - index * BLOCK_NUMEL) * itemsize
+        lossless = record.coding.kind in ("planes", "delta")
+        if lossless and raw_bytes > block.length * MAX_RATIO:
+            raise CorruptCheckpointError(
+                f"{where}: block {index} claims {raw_bytes} bytes from {block.length}; "
+                f"more than {MAX_RATIO}x is not believed"
+            )

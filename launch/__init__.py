@@ -1,0 +1,1 @@
+"""What a user runs: training scripts, and the demo that puts them through an interruption."""

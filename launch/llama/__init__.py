@@ -1,0 +1,1 @@
+"""What the training scripts share: corpus, tokens, blocks, model, settings, metrics."""

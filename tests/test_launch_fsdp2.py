@@ -1,0 +1,146 @@
+"""The script that users run, started as they start it."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from effx_dist.report.run_log import RunRecords, read_run
+from launch import pretrain_llama_fsdp2
+from launch.processes import torchrun
+from launch.resume_check import check_resume, read_global_batches
+
+SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_fsdp2.py"
+STOP_STEP = 18
+SETTINGS = """
+[model]
+hidden_size = 32
+intermediate_size = 64
+num_layers = 2
+num_heads = 2
+vocab_size = 288
+
+[data]
+source = "{source}"
+seq_len = 16
+heldout_fraction = 0.2
+max_samples = 96
+max_heldout_samples = 13
+cache_dir = "{cache}"
+
+[train]
+num_epochs = 3
+global_batch_size = 8
+micro_batch_size = 2
+lr = 3e-3
+warmup_epochs = 0.2
+seed = 5
+
+[eval]
+every_steps = 12
+batch_size = 4
+
+[log]
+every_steps = 2
+tensorboard = false
+
+[checkpoint]
+every_steps = 6
+
+[effx.infobatch]
+num_epochs = 3
+delta = 0.7
+[effx.cautious]
+[effx.excp]
+profile = "lossless"
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    words = random.Random(3)
+    for number in range(30):
+        text = " ".join(f"{words.choice('abcdef')}{words.randrange(50)}" for _ in range(60))
+        (folder / f"{number:02}.txt").write_text(text)
+    path = folder.parent / "settings.toml"
+    path.write_text(SETTINGS.format(source=folder, cache=folder.parent / "cache"))
+    return path
+
+
+def run(config: Path, run_dir: Path, num_ranks: int, *overrides: str) -> RunRecords:
+    arguments = ["--config", str(config), "--run-dir", str(run_dir), "--log-samples"]
+    for override in overrides:
+        arguments += ["--set", override]
+    command = [sys.executable, str(SCRIPT), *arguments]
+    if num_ranks > 1:
+        command = torchrun(sys.executable, num_ranks, SCRIPT, arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return read_run(run_dir)
+
+
+def samples(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("samples.rank-*.jsonl"))
+
+
+@pytest.mark.ranks
+def test_resumed_run_on_another_world_size_equals_the_uninterrupted_one(
+    config: Path, tmp_path: Path
+) -> None:
+    whole = run(config, tmp_path / "whole", 2)
+    order = read_global_batches(samples(tmp_path / "whole"))
+    run(config, tmp_path / "parts", 2, f"train.max_steps={STOP_STEP}")
+    before = read_global_batches(samples(tmp_path / "parts"))
+    for file in samples(tmp_path / "parts"):
+        file.unlink()
+    parts = run(config, tmp_path / "parts", 1)
+    after = read_global_batches(samples(tmp_path / "parts"))
+
+    assert list(before) == list(range(1, STOP_STEP + 1))
+    assert order[STOP_STEP].epoch == order[STOP_STEP + 1].epoch == 1
+    assert {**before, **after} == order
+    planned = sum(len(batch.ids) for batch in order.values() if batch.epoch == 1)
+    assert planned < 96
+    assert check_resume(before, after, STOP_STEP, planned).is_good
+
+    assert parts.events_of("resume")[0].fields["step"] == STOP_STEP
+    assert parts.latest("eval/loss") == pytest.approx(whole.latest("eval/loss"), abs=1e-4)
+    assert dict(parts.series("lr")) == pytest.approx(dict(whole.series("lr")))
+    assert (parts.records[-1].step, parts.records[-1].samples) == (
+        whole.records[-1].step,
+        whole.records[-1].samples,
+    )
+    first, last = whole.series("eval/loss")[0][1], whole.latest("eval/loss")
+    assert last is not None
+    assert last < first < 5.6  # the loss of guessing among 288 ids is 5.66
+
+
+def test_plain_run_takes_every_sample_and_writes_no_checkpoint(
+    config: Path, tmp_path: Path
+) -> None:
+    overrides = [f"effx.{name}.enabled=false" for name in ("infobatch", "cautious", "excp")]
+    overrides.append("checkpoint.every_steps=0")
+    pretrain_llama_fsdp2.main(config, tmp_path, overrides, log_samples=True)
+    records = read_run(tmp_path)
+    batches = read_global_batches(samples(tmp_path))
+    for epoch in range(3):
+        ids = [id_ for batch in batches.values() if batch.epoch == epoch for id_ in batch.ids]
+        assert sorted(ids) == list(range(96))
+    assert not (tmp_path / "checkpoints").exists()
+    assert records.latest("effx/cautious/alignment") is None
+    assert records.latest("effx/infobatch/kept_fraction") == 1.0
+    assert {"train/loss", "lr", "tokens_per_s", "epoch"} <= set(records.metric_names())
+
+
+def test_a_run_that_is_over_takes_no_step_when_started_again(config: Path, tmp_path: Path) -> None:
+    losses = []
+    for _ in range(2):
+        pretrain_llama_fsdp2.main(config, tmp_path, ["train.max_steps=3"])
+        records = read_run(tmp_path)
+        assert records.records[-1].step == 3
+        losses.append(records.latest("eval/loss"))
+    assert len(records.events_of("resume")) == 1
+    assert losses[0] == losses[1]
