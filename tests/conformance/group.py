@@ -69,7 +69,13 @@ def check_all_reduce(group: Group) -> None:
 
 def check_all_reduce_of_odd_shapes(group: Group) -> None:
     whole = torch.arange(24, dtype=torch.int64).reshape(4, 6)
-    for view in (lambda t: t, lambda t: t.t(), lambda t: t[:, ::2], lambda t: t[1], lambda t: t[0, 0]):
+    for view in (
+        lambda t: t,
+        lambda t: t.t(),
+        lambda t: t[:, ::2],
+        lambda t: t[1],
+        lambda t: t[0, 0],
+    ):
         mine = whole + 100 * group.rank
         expected = view(whole * group.size + 100 * math.comb(group.size, 2)).clone()
         untouched = mine.clone()
