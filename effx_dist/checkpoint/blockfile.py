@@ -56,9 +56,11 @@ class BlockWriter:
     def close(self) -> None:
         """Flush, fsync and close. Raises OSError (a full disk, say) if anything did not reach the
         disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
     def __enter__(self) -> BlockWriter:
         return self

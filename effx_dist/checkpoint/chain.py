@@ -23,10 +23,11 @@ class Chain:
 
     Attributes:
         id: names the checkpoint that the references reconstruct; equal on all ranks that may go on
-            with it. None where there is none: the next save is a base. parent: that checkpoint's
-            folder and manifest checksum. Known to the coordinator only. references: reconstruction
-            of each chained tensor's local boxes, by name and offsets, in host memory. figures:
-            sizes of the run so far, up to that checkpoint. Used by the coordinator only.
+            with it. None where there is none: the next save is a base.
+        parent: that checkpoint's folder and manifest checksum. Known to the coordinator only.
+        references: reconstruction of each chained tensor's local boxes, by name and offsets, in
+            host memory.
+        figures: sizes of the run so far, up to that checkpoint. Used by the coordinator only.
     """
 
     id: str | None = None

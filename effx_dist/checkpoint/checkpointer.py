@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from effx_dist.checkpoint.drive import together
+from effx_dist.checkpoint.drive import everywhere
 from effx_dist.checkpoint.executor import make_executor
 from effx_dist.checkpoint.folder import (
     committed_steps,
@@ -29,7 +29,7 @@ from effx_dist.checkpoint.saver import SaveJob, SaveResult
 from effx_dist.checkpoint.staging import Staging
 from effx_dist.checkpoint.training_state import Stateful, collect
 from effx_dist.config import ExcpConfig
-from effx_dist.errors import ConfigError
+from effx_dist.errors import CheckpointNotFoundError, ConfigError
 from effx_dist.shard import Group, separate_group
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,11 @@ class PendingSave:
     """A save under way.
 
     Attributes:
-        step: the optimizer step it is of. blocked_s: seconds that ``async_save`` kept the training
-            loop, waiting for an earlier save included. skipped: True where policy "skip" left it
-            out because another save was in flight.
+        step: the optimizer step it is of.
+        blocked_s: seconds that ``async_save`` kept the training loop, waiting for an earlier save
+            included.
+        skipped: True where policy "skip" left it out because another save was in flight.
+        reported: whether somebody has waited for it, and so knows how it ended.
     """
 
     def __init__(self, step: int, future: Future[SaveResult] | None, blocked_s: float) -> None:
@@ -52,7 +54,7 @@ class PendingSave:
         self.blocked_s = blocked_s
         self.skipped = future is None
         self._future = future
-        self._reported = False
+        self.reported = False
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -62,7 +64,7 @@ class PendingSave:
         """Wait for the end; re-raises, with its traceback, what made it fail on this or another
         rank."""
         if self._future is not None:
-            self._reported = True
+            self.reported = True
             self._future.result()
         return self
 
@@ -181,7 +183,11 @@ class Checkpointer:
             logger.warning("step %d: not saved, the save before it is still in flight", step)
             return PendingSave(step, None, time.perf_counter() - started)
         self._settle_pending()
-        state = collect(model, optimizer, stateful or {}, extra or {}, self._control.rank)
+        state = everywhere(
+            self._control,
+            lambda: collect(model, optimizer, stateful or {}, extra or {}, self._control.rank),
+            keep_own_error=True,
+        )
         job = SaveJob(step, self._staging.copy(state.leaves), state.values, state.aliases)
         future = self._executor.submit(job)
         self._pending = PendingSave(step, future, time.perf_counter() - started)
@@ -227,7 +233,7 @@ class Checkpointer:
         chosen = self._choose(step)
         reader = ExcpReader(self.folder / step_name(chosen))
         try:
-            together(self._control, lambda: reader.chain.top.checksum, keep_own_error=True)
+            everywhere(self._control, lambda: reader.chain, keep_own_error=True)
             extra, loaded = restore(reader, model, optimizer, stateful or {}, self._control)
         finally:
             reader.close()
@@ -246,13 +252,14 @@ class Checkpointer:
 
     def close(self) -> None:
         """Finish a save in flight and let go of all threads, processes and buffers. Raises what
-        made that save fail."""
+        made that save fail, unless somebody has waited for it already."""
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self._close_at_exit)
         try:
-            self.wait()
+            if self._pending is not None and not self._pending.reported:
+                self._pending.wait()
         finally:
             self._executor.close()
 
@@ -281,25 +288,28 @@ class Checkpointer:
         here."""
         if self._pending is None:
             return
+        pending, self._pending = self._pending, None
+        was_reported = pending.reported
         try:
-            self._pending.wait()
+            pending.wait()
         except Exception:
-            logger.exception(
-                "the save of step %d failed; nothing was committed for it, training goes on",
-                self._pending.step,
-            )
-        self._pending = None
+            if not was_reported:
+                logger.exception(
+                    "the save of step %d failed; nothing was committed for it, training goes on",
+                    pending.step,
+                )
 
     def _choose(self, step: int | None) -> int:
-        """Rank 0 looks, so that all ranks choose the same."""
-
-        def look() -> int | None:
-            if self._control.rank != 0:
-                return None
-            return (
-                newest_step(self.folder) if step is None else require_committed(self.folder, step)
-            )
-
-        chosen = together(self._control, look, keep_own_error=True)[0]
-        assert chosen is not None
-        return chosen
+        """Rank 0 looks, so that all ranks choose the same or raise the same."""
+        found: int | str | None = None
+        if self._control.rank == 0:
+            try:
+                found = newest_step(self.folder)
+                if step is not None:
+                    found = require_committed(self.folder, step)
+            except CheckpointNotFoundError as error:
+                found = str(error)
+        found = self._control.broadcast_object(found)
+        if not isinstance(found, int):
+            raise CheckpointNotFoundError(found)
+        return found

@@ -20,34 +20,40 @@ from effx_dist.shard import Group
 T = TypeVar("T")
 
 
-def together(group: Group, body: Callable[[], T], keep_own_error: bool = False) -> list[T]:
-    """Run ``body`` on every rank; all ranks' results, or an error on all of them if one rank
+def everywhere(group: Group, body: Callable[[], T], keep_own_error: bool = False) -> T:
+    """Run ``body`` on every rank; this rank's result, or an error on all ranks if one of them
     failed.
 
-    One gather. The error is RankFailedError naming the failed ranks; a rank that failed itself
+    One small gather. The error is RankFailedError naming the failed ranks; a rank that failed itself
     raises its own error instead where ``keep_own_error``.
     """
     error: Exception | None = None
     value: Any = None
+    told: dict[int, str] = {}
     try:
         value = body()
+    except RankFailedError as caught:  # who failed is who it names, not who passes it on
+        error, told = caught, caught.failures
     except Exception as caught:
-        error = caught
-    told = None if error is None else f"{type(error).__name__}: {error}"
-    outcomes = group.all_gather_object((value if error is None else None, told))
-    failures = {rank: reason for rank, (_, reason) in enumerate(outcomes) if reason is not None}
+        error, told = caught, {group.rank: f"{type(caught).__name__}: {caught}"}
+    failures = {rank: why for told in group.all_gather_object(told) for rank, why in told.items()}
     if failures and error is not None and keep_own_error:
         raise error
     if failures:
         raise RankFailedError(failures) from error
-    return [cast(T, result) for result, _ in outcomes]
+    return cast(T, value)
+
+
+def together(group: Group, body: Callable[[], T]) -> list[T]:
+    """:func:`everywhere`, and then every rank's result by rank. Two gathers; for small results."""
+    return group.all_gather_object(everywhere(group, body))
 
 
 def drive_save(state: dict[str, Any], writer: ExcpWriter, group: Group) -> Manifest:
     """Save ``state`` (names to fragments, tensors or DTensors) with ``writer``; returns the
     committed manifest.
 
-    Rank 0 coordinates. Four gathers, and the writer's own merging of statistics. Raises
+    Rank 0 coordinates. Eight gathers, and the writer's own merging of statistics. Raises
     RankFailedError on all ranks if one of them failed: then nothing was committed and the chain
     stays where it was.
     """

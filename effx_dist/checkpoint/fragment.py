@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +63,8 @@ class Fragment:
     def of(cls, name: str, value: torch.Tensor | LocalRows) -> Fragment:
         """Describe a plain tensor, a DTensor or local rows; the parts share its memory."""
         if isinstance(value, LocalRows):
-            parts = [(value.box, value.local)] if value.local.numel() else []
+            is_held = value.local.numel() or not math.prod(value.global_shape)
+            parts = [(value.box, value.local)] if is_held else []
             return cls(value.global_shape, value.local.dtype, parts)
         whole, pieces = pieces_of_tensor(name, value)
         local = local_of(value).detach()

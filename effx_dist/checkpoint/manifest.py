@@ -271,5 +271,9 @@ def _head(content: bytes, path: Path) -> re.Match[bytes]:
 
 def write_manifest(folder: Path, content: bytes) -> None:
     """Commit: the manifest appears whole, by fsync and rename, after everything it names is
-    durable."""
-    replace_file(folder / MANIFEST, content)
+    durable. Where that cannot be made sure of, it does not stay."""
+    try:
+        replace_file(folder / MANIFEST, content)
+    except BaseException:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        raise

@@ -13,7 +13,7 @@ import torch
 
 from effx_dist.checkpoint.chain import Chain
 from effx_dist.checkpoint.commit import SaveFacts
-from effx_dist.checkpoint.drive import drive_save, together
+from effx_dist.checkpoint.drive import drive_save, everywhere
 from effx_dist.checkpoint.folder import step_name
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.manifest import Figures, ParentRecord
@@ -87,7 +87,7 @@ class Saver:
         Raises RankFailedError on all ranks if one failed; then nothing was committed.
         """
         started = time.perf_counter()
-        together(self._group, self._clear_the_way)
+        everywhere(self._group, self._clear_the_way)
         writer = ExcpWriter(
             self._folder / step_name(job.step),
             self._config,
@@ -112,6 +112,6 @@ class Saver:
     def _clear_the_way(self) -> None:
         if self._group.rank == 0 and self._is_first:
             remove_leftovers(self._folder)
-            if self._set_aside_above is not None:
-                set_aside_newer(self._folder, self._set_aside_above)
-        self._is_first = False
+        if self._group.rank == 0 and self._set_aside_above is not None:
+            set_aside_newer(self._folder, self._set_aside_above)
+        self._is_first, self._set_aside_above = False, None

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -123,7 +124,24 @@ def _state_of(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Any]]:
     """The live optimizer state by parameter name; initialises it where it is empty."""
+    if not optimizer.state:
+        return _initialised_state_of(model, optimizer)
     return cast(dict[str, dict[str, Any]], get_optimizer_state_dict(model, optimizer)["state"])
+
+
+def _initialised_state_of(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Any]]:
+    """torch initialises an empty state only where there are no gradients: they are set aside."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        return cast(dict[str, dict[str, Any]], get_optimizer_state_dict(model, optimizer)["state"])
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 def _group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -226,7 +244,9 @@ def install_optimizer_state(
         targets.optimizer_state.setdefault(parameter, {}).update(found)
     if targets.optimizer_state:
         full: dict[str, Any] = {"state": targets.optimizer_state, "param_groups": groups}
-        set_optimizer_state_dict(model, optimizer, full)
+        # a parameter that has had no gradient yet has no state
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(model, optimizer, full, options=options)
     else:
         optimizer.state.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,8 @@ from effx_dist.checkpoint.values import parse_value
 from effx_dist.config import ExcpConfig
 from effx_dist.core.excp import PROFILES
 from effx_dist.shard import Box, Group, as_group, separate_group
+
+logger = logging.getLogger(__name__)
 
 Parts = dict[Key, tuple[Box, torch.Tensor]]
 
@@ -157,7 +160,10 @@ class ExcpWriter(StorageWriter):
         self.chain.parent = ParentRecord(name=self.path.name, xxh3=checksum)
         self.chain.figures = self.manifest.figures
         self.chain.settle(self._decision.id)
-        replace_file(self.path.parent / LATEST, f"{self.path.name}\n".encode())
+        try:
+            replace_file(self.path.parent / LATEST, f"{self.path.name}\n".encode())
+        except OSError:  # the checkpoint stands; what is newest is decided by the manifests
+            logger.exception("%s is committed, but %s does not name it yet", self.path, LATEST)
 
     def settle(self, committed: bool) -> None:
         """Tell this rank whether the save was committed, where the caller knows. No communication
