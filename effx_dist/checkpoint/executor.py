@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -77,7 +78,7 @@ class ProcessExecutor(SaveExecutor):
     """Saves in one child process per rank, which holds the references and talks to the other ranks'
     children.
 
-    The child ends when this process does. Tensors reach it through shared memory (/dev/shm must
+    The child ends when this process does, also when it is killed. Tensors reach it through shared memory (/dev/shm must
     hold one copy of the local state). Collective over ``group``: the ranks agree on a place to
     meet.
     """
@@ -87,7 +88,8 @@ class ProcessExecutor(SaveExecutor):
         self._rank = group.rank
         self._connection, child = socket_pair()
         # a fresh interpreter, not multiprocessing's spawn, which would run an unguarded training script again
-        program = f"from effx_dist.checkpoint.saving_process import main; main({child.fileno()})"
+        call = f"main({child.fileno()}, parent={os.getpid()})"
+        program = f"from effx_dist.checkpoint.saving_process import main; {call}"
         self._process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[child.fileno()])
         child.close()
         self._connection.send_bytes(multiprocessing.current_process().authkey)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,8 +93,24 @@ def _portable(error: Exception) -> Exception:
     return portable
 
 
-def main(descriptor: int) -> None:
+def end_with(parent: int) -> None:
+    """End this process, whatever it is doing, soon after the process ``parent`` is gone.
+
+    A trainer that was killed must not be survived by a save that commits while the next run starts.
+    """
+
+    def watch() -> None:
+        never = threading.Event()
+        while os.getppid() == parent:
+            never.wait(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="effx-parent").start()
+
+
+def main(descriptor: int, parent: int) -> None:
     """Run the child on the inherited end of a pipe."""
+    end_with(parent)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent decides
