@@ -25,19 +25,6 @@ from tests.small_chain import BASE, LINK, TOP
 RANK_FILE = "rank-00000.effx"
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chain")
-    chain.build(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    shutil.copytree(original, tmp_path / "run")
-    return tmp_path / "run"
-
-
 def read_everything(folder: Path, step: int = TOP) -> dict[str, torch.Tensor]:
     """All tensors of one step, as a load reads them."""
     reader = ExcpReader(folder / step_name(step))

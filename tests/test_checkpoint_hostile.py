@@ -30,13 +30,6 @@ BIAS = ("tensors", "model.bias")  # inline
 TABLE = ("tensors", "model.table")  # planes, two blocks
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chain")
-    chain.build(folder)
-    return folder
-
-
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
     """A copy of the chain, with canaries where a hostile name would lead."""

@@ -4,7 +4,6 @@ decode."""
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,6 @@ from tests.small_chain import BASE, TOP, edit, set_at
 Document = dict[str, Any]
 
 WEIGHT, FIRST, SECOND = "model.weight", "optimizer.weight.exp_avg", "optimizer.weight.exp_avg_sq"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chain")
-    chain.build(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    shutil.copytree(original, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def refused(folder: Path, kind: type[EffxError] = CorruptCheckpointError) -> str:

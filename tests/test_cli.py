@@ -8,46 +8,47 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import effx_dist
 from effx_dist import cli
+from effx_dist.checkpoint import StepSummary
 from effx_dist.report import RunLog, doctor
 from effx_dist.report.text import ABSENT
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Stands for a `StepSummary` where only the formatting is looked at."""
-
-    step: int = 100
-    kind: str = "base"
-    parent: str | None = None
-    profile: str = "balanced"
-    world_size: int = 2
-    raw_bytes: int = 7_000_000
-    stored_bytes: int = 1_000_000
-    ratio: float = 7.0
-    run_ratio: float = 7.0
-    error: float | None = None
-    saved_at: str = "2026-01-02T03:04:05Z"
-    num_tensors: int = 12
-    committed: bool = True
+def summary(**changes: Any) -> StepSummary:
+    """One row of a table, for tests of the formatting."""
+    fields: dict[str, Any] = {
+        "step": 100,
+        "kind": "base",
+        "profile": "balanced",
+        "world_size": 2,
+        "raw_bytes": 7_000_000,
+        "stored_bytes": 1_000_000,
+        "ratio": 7.0,
+        "run_ratio": 7.0,
+        "saved_at": "2026-01-02T03:04:05Z",
+        "num_tensors": 12,
+        "committed": True,
+    }
+    return StepSummary(**fields | changes)
 
 
 STEPS = [
-    Summary(),
-    Summary(
+    summary(),
+    summary(
         step=1200, kind="link", parent="step-100", stored_bytes=100_000, ratio=70.0, error=0.0213
     ),
-    Summary(step=1300, kind="", profile="", saved_at="", committed=False),
+    summary(step=1300, kind="", profile="", saved_at="", committed=False),
 ]
 
 

@@ -69,9 +69,10 @@ def test_epochs_give_what_each_kept(is_progress: bool) -> None:
     assert [epoch.threshold for epoch in found] == [None, 1.0, 2.0, 3.0]
 
 
-def test_epoch_events_say_where_an_epoch_begins() -> None:
+@pytest.mark.parametrize("is_logged_again", [True, False])
+def test_epoch_events_say_where_an_epoch_begins(is_logged_again: bool) -> None:
     """The plan may be logged once, at the step that ended the epoch before; a resume plans again."""
-    kept = {0: 1.0, 10: 0.6, 15: 0.6, 18: 1.0}
+    kept = {0: 1.0, 10: 0.6, 18: 1.0} | ({15: 0.6} if is_logged_again else {})
     metrics = {
         step: {"epoch": step / 10} | ({KEPT: kept[step]} if step in kept else {})
         for step in range(25)

@@ -86,9 +86,10 @@ def _by_epoch_event(rows: list[Record], run: RunRecords) -> Groups:
     found = [
         (event.fields.get("epoch"), event.fields.get("step")) for event in run.events_of("epoch")
     ]
-    starts = {
-        epoch: step for epoch, step in found if isinstance(epoch, int) and isinstance(step, int)
-    }
+    starts: dict[int, int] = {}
+    for epoch, step in found:
+        if isinstance(epoch, int) and isinstance(step, int):  # a resume names its epoch again
+            starts[epoch] = min(step, starts.get(epoch, step))
     order = sorted(starts)
     groups: Groups = {}
     for place, epoch in enumerate(order):
