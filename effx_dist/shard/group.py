@@ -156,8 +156,11 @@ class TorchGroup(Group):
         self.process_group = process_group if process_group is not None else dist.group.WORLD
         self.rank = dist.get_rank(self.process_group)
         self.size = dist.get_world_size(self.process_group)
-        backend = dist.get_backend(self.process_group)
-        self._backend_is_nccl = "nccl" in backend and "gloo" not in backend
+        config = dist.get_backend_config(self.process_group)  # "cpu:gloo,cuda:nccl"
+        backends = dict(pair.split(":") for pair in config.split(","))
+        self._devices = {
+            device for device, name in backends.items() if device == "cpu" or name != "gloo"
+        }
 
     @classmethod
     def dedicated(cls, timeout: timedelta = timedelta(minutes=10)) -> TorchGroup:
@@ -166,11 +169,12 @@ class TorchGroup(Group):
         return cls(dist.new_group(backend="gloo", timeout=timeout))
 
     def _transport(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._backend_is_nccl and tensor.device.type == "cpu":
-            return tensor.to(torch.device("cuda", torch.cuda.current_device()))
-        if not self._backend_is_nccl and tensor.device.type != "cpu":
+        """The tensor where this group's backend can take it: as it is if possible."""
+        if tensor.device.type in self._devices:
+            return tensor.contiguous()
+        if "cpu" in self._devices:
             return tensor.cpu()
-        return tensor.contiguous()
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         moved = self._transport(tensor)
