@@ -73,11 +73,15 @@ class Demo:
 
     def job(self, name: str, run_dir: Path, num_ranks: int, extra: tuple[str, ...] = ()) -> Job:
         """A start of the training script, with the cores shared out among its ranks."""
-        micro_batch = min(self.train.micro_batch_size, self.train.global_batch_size // num_ranks)
-        batches = f"train.micro_batch_size={micro_batch}"
+        global_batch = global_batch_of(self.train, self.num_ranks)
+        micro_batch = micro_batch_of(self.train, global_batch // num_ranks)
+        batches = (
+            f"train.global_batch_size={global_batch}",
+            f"train.micro_batch_size={micro_batch}",
+        )
         arguments = ["--config", str(CONFIG), "--run-dir", str(run_dir), "--log-samples"]
         cache = f"data.cache_dir={self.out / 'data'}"
-        for setting in (cache, batches, *self.settings, *extra):
+        for setting in (cache, *batches, *self.settings, *extra):
             arguments += ["--set", setting]
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         command = torchrun(sys.executable, num_ranks, SCRIPT, arguments)
@@ -93,6 +97,17 @@ class Demo:
             work(lambda: status.update(f"{title}: {progress_of(run_dir)}"))
         self.seconds[title] = time.monotonic() - start
         self.console.print(f"{title}: {progress_of(run_dir)} ({self.seconds[title]:.0f} s)")
+
+
+def global_batch_of(train: TrainSettings, num_ranks: int) -> int:
+    """The multiple of the number of ranks that is next to the config's global batch."""
+    return num_ranks * max(1, round(train.global_batch_size / num_ranks))
+
+
+def micro_batch_of(train: TrainSettings, num_per_rank: int) -> int:
+    """The largest micro-batch, up to the config's, that divides a rank's part of a global batch."""
+    largest = min(train.micro_batch_size, num_per_rank)
+    return next(size for size in range(largest, 0, -1) if num_per_rank % size == 0)
 
 
 def progress_of(run_dir: Path) -> str:
@@ -304,8 +319,6 @@ def main(
     # NCCL takes no two ranks on one device.
     on_cpu = torch.cuda.device_count() < ranks
     train = RunSettings.from_file(CONFIG).train
-    if train.global_batch_size % ranks:
-        raise typer.BadParameter(f"--ranks {ranks}: must divide {train.global_batch_size}")
     demo = Demo(folder, ranks, settings, train, Console(), on_cpu)
     # A termination request unwinds as Ctrl-C does, so that no run is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -9,6 +9,7 @@ import pytest
 
 from effx_dist.report.run_log import RunLog, read_run
 from launch import demo
+from launch.llama.settings import RunSettings
 from launch.processes import RunFailedError
 
 ROOT = Path(__file__).parents[1]
@@ -95,3 +96,14 @@ def test_the_demo_ends_well(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "demo" / "demo.json").read_text())["resume_passed"]
     assert "<html" in (tmp_path / "demo" / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 7, 11, 31, 40])
+def test_any_number_of_ranks_shares_out_one_global_batch(num_ranks: int) -> None:
+    train = RunSettings.from_file(demo.CONFIG, ()).train
+    global_batch = demo.global_batch_of(train, num_ranks)
+    assert abs(global_batch - train.global_batch_size) < max(num_ranks, 2)
+    for world in (num_ranks, 1):
+        micro_batch = demo.micro_batch_of(train, global_batch // world)
+        assert 1 <= micro_batch <= train.micro_batch_size
+        assert global_batch % (micro_batch * world) == 0
