@@ -246,6 +246,21 @@ def test_what_a_cut_off_save_left_behind_is_removed_at_the_next_start(tmp_path: 
     assert not verify_folder(tmp_path).findings
 
 
+def test_a_failed_save_gives_its_space_back_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = Run()
+    with Checkpointer(tmp_path, lossless()) as checkpointer:
+        checkpointer.save(1, run.model, run.optimizer)
+        cannot_sync("step-2/rank-00000.effx")(monkeypatch)
+        with pytest.raises(RankFailedError, match="No space left"):
+            checkpointer.save(2, run.model, run.optimizer)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1"]
+        with pytest.raises(RankFailedError, match="never overwritten"):
+            checkpointer.save(1, run.model, run.optimizer)
+        assert checkpointer.newest() == 1, "a committed step is not what a failure leaves behind"
+
+
 def test_a_folder_that_cannot_be_written_to_fails_the_save_and_not_the_run(tmp_path: Path) -> None:
     read_only = Path("/proc/checkpoints")  # even for root
     if os.geteuid() != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class Saver:
     def save(self, job: SaveJob) -> SaveResult:
         """Encode, write and commit one checkpoint; then retire old ones. Collective over the group.
 
-        Raises RankFailedError on all ranks if one failed; then nothing was committed.
+        Raises RankFailedError on all ranks if one failed; then nothing was committed, and what was
+        written is removed.
         """
         started = time.perf_counter()
         everywhere(self._group, self._clear_the_way)
@@ -96,18 +97,23 @@ class Saver:
             facts=SaveFacts(job.step, job.extra, job.aliases),
             owns_tensors=True,
         )
-        manifest = drive_save(dict(job.state), writer, self._group)
-        if self._group.rank == 0:
-            self._retire()
+        try:
+            manifest = drive_save(dict(job.state), writer, self._group)
+        except Exception:
+            self._tidy(remove_leftovers, self._folder)  # a full disk wants its space back
+            raise
+        self._tidy(retire, self._folder, self._config)
         write_s = time.perf_counter() - started
         return SaveResult(job.step, manifest.kind, manifest.figures, write_s)
 
-    def _retire(self) -> None:
-        """What cannot be retired does not make a committed save a failed one."""
+    def _tidy(self, remove: Callable[..., object], *arguments: object) -> None:
+        """Rank 0 removes what is not needed; what cannot be removed changes nothing for the save."""
+        if self._group.rank != 0:
+            return
         try:
-            retire(self._folder, self._config)
+            remove(*arguments)
         except (OSError, EffxError):
-            logger.exception("%s: old checkpoints could not be retired", self._folder)
+            logger.exception("%s: old or unfinished checkpoints stay", self._folder)
 
     def _clear_the_way(self) -> None:
         if self._group.rank == 0 and self._is_first:
