@@ -216,8 +216,8 @@ def results_table(demo: Demo, check: ResumeCheck) -> Table:
         "This model is far from converged on its data, and there leaving samples out is not free: "
         "InfoBatch is not lossless in that regime, and in a pilot on this text plain training for "
         "fewer epochs did at least as well on as many samples. Where the effx run ends lower the "
-        "cautious optimizer is the likely reason; this is no ablation. What is saved and not pruned "
-        "did not fill a global batch. InfoBatch pays where the model knows much of its data already."
+        "cautious optimizer is the likely reason; this is no ablation. Saved and pruned differ "
+        "by what did not fill a global batch. InfoBatch pays where the model knows much of its data already."
     )
     return table
 
@@ -230,7 +230,7 @@ def sample_cells(plain: RunRecords, effx: RunRecords) -> tuple[str, str]:
     saved = plain_samples - effx_samples
     share = saved / plain_samples
     pruned = [value for _, value in effx.series("effx/infobatch/samples_saved")]
-    by_pruning = f", {max(pruned):,.0f} of them pruned" if pruned else ""
+    by_pruning = f"; {max(pruned):,.0f} pruned" if pruned else ""
     return f"{plain_samples:,}", f"{effx_samples:,} ({saved:,} = {share:.1%} saved{by_pruning})"
 
 

@@ -74,7 +74,7 @@ def test_saved_samples_are_those_the_standing_run_did_not_process(tmp_path: Path
     plain, effx = (read_run(tmp_path / name) for name in ("plain", "effx"))
     assert demo.sample_cells(plain, effx) == (
         "1,000",
-        "700 (300 = 30.0% saved, 290 of them pruned)",
+        "700 (300 = 30.0% saved; 290 pruned)",
     )
 
 
