@@ -160,3 +160,18 @@ def test_what_json_cannot_hold_is_refused_by_path_and_type(
 def test_a_key_that_json_cannot_hold_is_refused_by_the_path_of_its_dictionary(key: Any) -> None:
     with pytest.raises(TypeError, match=r"extra\.groups"):
         tree_to_json({"groups": {key: 1}}, "extra", {})
+
+
+@pytest.mark.parametrize(
+    ("scalar", "plain"),
+    [
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (np.float32(0.5), 0.5),
+        (np.float64("inf"), math.inf),
+    ],
+)
+def test_numpy_scalars_come_back_as_pythons(scalar: np.generic, plain: object) -> None:
+    text = json.dumps(tree_to_json({"a": scalar}, "extra", {}), allow_nan=False)
+    found = tree_from_json(json.loads(text), {}.__getitem__)["a"]
+    assert (found, type(found)) == (plain, type(plain))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from effx_dist.shard import LocalRows
@@ -32,8 +33,10 @@ def tree_to_json(value: Any, path: str, tensors: dict[str, Leaf]) -> Any:
             return {"$rows" if isinstance(value, LocalRows) else "$tensor": path}
         case None | bool() | int() | str():
             return value
-        case float():
-            return value if math.isfinite(value) else {"$float": repr(float(value))}
+        case np.bool_() | np.integer():
+            return value.item()
+        case float() | np.floating():
+            return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
         case list():
             return [tree_to_json(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]
         case tuple():
