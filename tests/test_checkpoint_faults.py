@@ -353,3 +353,12 @@ def test_a_damaged_older_checkpoint_does_not_fail_later_saves(tmp_path: Path) ->
         checkpointer.save(3, run.model, run.optimizer)
         checkpointer.save(4, run.model, run.optimizer)
         assert checkpointer.load(run.model, run.optimizer)["step"] == 4
+
+
+def test_one_group_is_not_shared_between_training_and_a_save_beside_it(tmp_path: Path) -> None:
+    def body(group: Group) -> None:
+        with pytest.raises(ConfigError, match="async_mode"):
+            Checkpointer(tmp_path, lossless(async_mode="thread"), group=group)
+        Checkpointer(tmp_path, lossless(async_mode="sync"), group=group).close()
+
+    run_ranks(2, body)

@@ -139,6 +139,11 @@ class Checkpointer:
         self.folder = local_folder(folder)
         self.config = config if config is not None and config.enabled else PLAIN
         self.num_skipped = 0
+        if group is not None and group.size > 1 and self.config.async_mode != "sync":
+            raise ConfigError(
+                f"effx.excp.async_mode = {self.config.async_mode!r} with a group of {group.size} ranks "
+                'given: saves would talk over it beside this thread; use "sync", or leave group out'
+            )
         # saves run beside training: what they say to each other must never mix with what this thread says
         self._control = group if group is not None else separate_group(timeout)
         saving = group if group is not None else separate_group(timeout)
