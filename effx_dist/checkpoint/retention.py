@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from effx_dist.checkpoint.folder import (
+    MANIFEST,
     committed_steps,
     remove_step,
     step_name,
@@ -54,7 +56,14 @@ def retire(folder: Path, config: ExcpConfig) -> list[int]:
 
 
 def _parent_step(folder: Path, step: int) -> int | None:
-    manifest, _ = read_manifest(folder / step_name(step))
+    status = (folder / step_name(step) / MANIFEST).stat()
+    return _read_parent_step(folder / step_name(step), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _read_parent_step(path: Path, _mtime_ns: int, _size: int) -> int | None:
+    """Manifests do not change, and parsing one holds the interpreter lock: each is read once."""
+    manifest, _ = read_manifest(path)
     return None if manifest.parent is None else step_of(manifest.parent.name)
 
 
