@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import effx_dist.engines.fsdp2 as fsdp2
     from effx_dist import checkpoint
     from effx_dist.checkpoint import Checkpointer
     from effx_dist.config import EffxConfig
     from effx_dist.data import InfoBatchSampler, ProgressLR, sequence_losses, with_sample_ids
-    from effx_dist.engines import fsdp2
     from effx_dist.optim import CautiousAdamW, CautiousLion
 
 # The one place that states the version: pyproject.toml reads it from here.
