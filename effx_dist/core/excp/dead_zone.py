@@ -28,7 +28,6 @@ from effx_dist.core.excp.fixed import (
     count_by,
     fixed_exponent,
     fixed_sum,
-    from_fixed,
     sum_by,
     to_fixed,
 )
@@ -41,6 +40,7 @@ from effx_dist.core.excp.json_fields import (
 )
 from effx_dist.core.excp.profiles import DeadZoneRule
 from effx_dist.core.excp.statistics import Scales, Totals, value_at_rank
+from effx_dist.core.fixed_point import from_fixed
 
 _ROUNDING = np.float32(0.4)
 _MAX_LEVEL = 127

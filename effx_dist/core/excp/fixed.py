@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from effx_dist.core.excp.arrays import BLOCK_VALUES, F64, I64
+from effx_dist.core.fixed_point import scale_exponent
 
 _EXACT_BITS = 53
-_TOTAL_BITS = 62
 _BLOCK_BITS = BLOCK_VALUES.bit_length() - 1
 
 
@@ -25,19 +25,14 @@ def fixed_exponent(limit: float, global_numel: int) -> int:
     """k for values of magnitude <= limit in a whole tensor of global_numel values."""
     if limit == 0.0:
         return 0
-    value_bits = min(_EXACT_BITS - _BLOCK_BITS, _TOTAL_BITS - global_numel.bit_length())
-    return value_bits - math.frexp(limit)[1]
+    block_exponent = _EXACT_BITS - _BLOCK_BITS - math.frexp(limit)[1]
+    return min(block_exponent, scale_exponent(limit, global_numel))
 
 
 def to_fixed(values: npt.NDArray[np.floating[Any]], exponent: int) -> F64:
     """rint(values * 2^exponent): integers, held in float64."""
     scaled: F64 = np.multiply(values, math.ldexp(1.0, exponent), dtype=np.float64)
     return np.rint(scaled, out=scaled)
-
-
-def from_fixed(total: int, exponent: int) -> float:
-    """total / 2^exponent."""
-    return math.ldexp(float(total), -exponent)
 
 
 def fixed_sum(values: npt.NDArray[np.floating[Any]], exponent: int) -> int:

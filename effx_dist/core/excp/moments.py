@@ -35,7 +35,6 @@ from effx_dist.core.excp.fixed import (
     count_by,
     fixed_exponent,
     fixed_sum,
-    from_fixed,
     sum_by,
     to_fixed,
 )
@@ -48,6 +47,7 @@ from effx_dist.core.excp.json_fields import (
 )
 from effx_dist.core.excp.lloyd import lloyd
 from effx_dist.core.excp.statistics import Scales, Totals
+from effx_dist.core.fixed_point import from_fixed
 
 MAX_ENTRIES = 255
 """Of a moment's table: its symbols are 1 to 255."""

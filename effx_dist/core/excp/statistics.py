@@ -20,8 +20,9 @@ from effx_dist.core.excp.arrays import (
     from_bits,
     magnitude_bits,
 )
-from effx_dist.core.excp.fixed import count_by, fixed_exponent, fixed_sum, from_fixed
+from effx_dist.core.excp.fixed import count_by, fixed_exponent, fixed_sum
 from effx_dist.core.excp.profiles import Profile
+from effx_dist.core.fixed_point import from_fixed
 
 RANGES_LEN = 5
 _NON_FINITE, _NEGATIVE_V, _MAX_R, _MAX_M, _MAX_V = range(RANGES_LEN)
