@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from effx_dist.checkpoint.drive import everywhere
 from effx_dist.checkpoint.executor import make_executor
 from effx_dist.checkpoint.folder import (
     committed_steps,
@@ -188,8 +187,7 @@ class Checkpointer:
             logger.warning("step %d: not saved, the save before it is still in flight", step)
             return PendingSave(step, None, time.perf_counter() - started)
         self._settle_pending()
-        state = everywhere(
-            self._control,
+        state = self._control.everywhere(
             lambda: collect(model, optimizer, stateful or {}, extra or {}, self._control.rank),
             keep_own_error=True,
         )
@@ -238,7 +236,7 @@ class Checkpointer:
         chosen = self._choose(step)
         reader = ExcpReader(self.folder / step_name(chosen))
         try:
-            everywhere(self._control, lambda: reader.chain, keep_own_error=True)
+            self._control.everywhere(lambda: reader.chain, keep_own_error=True)
             extra, loaded = restore(reader, model, optimizer, stateful or {}, self._control)
         finally:
             reader.close()

@@ -8,45 +8,21 @@ tells all ranks whether the save was committed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from effx_dist.checkpoint.fragment import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.manifest import Manifest
 from effx_dist.checkpoint.reader import ExcpReader
 from effx_dist.checkpoint.writer import ExcpWriter
-from effx_dist.errors import RankFailedError
 from effx_dist.shard import Group
 
 T = TypeVar("T")
 
 
-def everywhere(group: Group, body: Callable[[], T], keep_own_error: bool = False) -> T:
-    """Run ``body`` on every rank; this rank's result, or an error on all ranks if one of them
-    failed.
-
-    One small gather. The error is RankFailedError naming the failed ranks; a rank that failed itself
-    raises its own error instead where ``keep_own_error``.
-    """
-    error: Exception | None = None
-    value: Any = None
-    told: dict[int, str] = {}
-    try:
-        value = body()
-    except RankFailedError as caught:  # who failed is who it names, not who passes it on
-        error, told = caught, caught.failures
-    except Exception as caught:
-        error, told = caught, {group.rank: f"{type(caught).__name__}: {caught}"}
-    failures = {rank: why for told in group.all_gather_object(told) for rank, why in told.items()}
-    if failures and error is not None and keep_own_error:
-        raise error
-    if failures:
-        raise RankFailedError(failures) from error
-    return cast(T, value)
-
-
 def together(group: Group, body: Callable[[], T]) -> list[T]:
-    """:func:`everywhere`, and then every rank's result by rank. Two gathers; for small results."""
-    return group.all_gather_object(everywhere(group, body))
+    """:meth:`Group.everywhere`, and then every rank's result by rank. Two gathers; for small
+    results."""
+    return group.all_gather_object(group.everywhere(body))
 
 
 def drive_save(state: dict[str, Any], writer: ExcpWriter, group: Group) -> Manifest:

@@ -131,11 +131,6 @@ class _Rounds:
     def _reduce(self, rows: Array, fill: Callable[[], None], op: ReduceOp) -> Array:
         """One rank's failure ends the round on all of them, instead of leaving the others in the
         all-reduce."""
-        error: Exception | None = None
-        try:
-            fill()
-        except Exception as caught:
-            error = caught
-        self._group.raise_if_any_failed(error)
+        self._group.everywhere(fill)
         merged: Array = self._group.all_reduce(torch.from_numpy(rows), op).numpy()
         return merged

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from effx_dist.checkpoint.drive import drive_load, everywhere
+from effx_dist.checkpoint.drive import drive_load
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.joints import is_chained
 from effx_dist.checkpoint.manifest import Manifest, ParentRecord, short
@@ -45,8 +45,7 @@ def restore(
     communicate, and the ranks tell each other of failures.
     """
     manifest = reader.chain.top.manifest
-    targets, others = everywhere(
-        group,
+    targets, others = group.everywhere(
         lambda: (targets_of(model, optimizer, manifest), extra_leaves(manifest, stateful)),
         keep_own_error=True,
     )
@@ -56,7 +55,7 @@ def restore(
     def fill() -> None:
         drive_load({name: Fragment.of(name, leaf) for name, leaf in leaves.items()}, reader)
 
-    everywhere(group, fill, keep_own_error=True)
+    group.everywhere(fill, keep_own_error=True)
     _install(model, optimizer, stateful, targets, manifest, others)
     states = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
     _set_random_state(states, group.rank)

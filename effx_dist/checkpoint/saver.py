@@ -13,7 +13,7 @@ import torch
 
 from effx_dist.checkpoint.chain import Chain
 from effx_dist.checkpoint.commit import SaveFacts
-from effx_dist.checkpoint.drive import drive_save, everywhere
+from effx_dist.checkpoint.drive import drive_save
 from effx_dist.checkpoint.folder import step_name
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.manifest import Figures, ParentRecord
@@ -88,7 +88,7 @@ class Saver:
         written is removed.
         """
         started = time.perf_counter()
-        everywhere(self._group, self._clear_the_way)
+        self._group.everywhere(self._clear_the_way)
         writer = ExcpWriter(
             self._folder / step_name(job.step),
             self._config,

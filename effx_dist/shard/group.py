@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -54,14 +54,33 @@ class Group(ABC):
         """Wait for every rank."""
         self.all_gather_object(None)
 
-    def raise_if_any_failed(self, error: BaseException | None) -> None:
+    def everywhere(self, body: Callable[[], T], keep_own_error: bool = False) -> T:
+        """Run ``body`` on every rank; this rank's result, or an error on all ranks if one of them
+        failed, as :meth:`raise_if_any_failed` raises it. One small gather."""
+        error: Exception | None = None
+        value: T | None = None
+        try:
+            value = body()
+        except Exception as caught:  # told to all ranks and raised there
+            error = caught
+        self.raise_if_any_failed(error, keep_own_error)
+        return cast(T, value)
+
+    def raise_if_any_failed(self, error: Exception | None, keep_own_error: bool = False) -> None:
         """Tell all ranks of one rank's ``error``; raise RankFailedError on all if there is one.
 
-        One small gather. Called between the stages of a save, so that no rank waits for one that
-        gave up.
+        One small gather. Called between the stages of what all ranks do together, so that no rank
+        waits for one that gave up. Where ``keep_own_error``, a rank that failed itself raises its
+        own error.
         """
-        told = None if error is None else f"{type(error).__name__}: {error}"
-        failures = {r: t for r, t in enumerate(self.all_gather_object(told)) if t is not None}
+        told: dict[int, str] = {}
+        if isinstance(error, RankFailedError):  # who failed is who it names, not who passes it on
+            told = error.failures
+        elif error is not None:
+            told = {self.rank: f"{type(error).__name__}: {error}"}
+        failures = {r: why for named in self.all_gather_object(told) for r, why in named.items()}
+        if failures and error is not None and keep_own_error:
+            raise error
         if failures:
             raise RankFailedError(failures) from error
 
