@@ -8,8 +8,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -64,13 +66,16 @@ class Decision:
         """Whether weights are stored as differences to a parent."""
         return self.parent_id is not None
 
+    @cached_property
+    def _joint_of(self) -> dict[str, Joint]:
+        return {name: spec.joint for spec in self.specs for name in spec.joint.names}
+
     def coding_of(self, name: str, measured: Mapping[str, Measured]) -> Coding:
         """How a whole tensor is stored: as part of a quantised joint, as a lossless difference, or
         as it is."""
-        for spec in self.specs:
-            joint = spec.joint
-            if name in joint.names and joint.weight in measured:
-                return _joint_coding(name, joint, measured[joint.weight])
+        joint = self._joint_of.get(name)
+        if joint is not None and joint.weight in measured:
+            return _joint_coding(name, joint, measured[joint.weight])
         chained = is_chained(name, self.facts[name]) and name not in self.unreferenced
         return Delta() if self.is_link and chained else Planes()
 
@@ -103,10 +108,11 @@ def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[
     facts = facts_of_plans(plans)
     specs: tuple[JointSpec, ...] = ()
     if parent_id is not None and config.profile != LOSSLESS:
+        boxes_by_rank = [_boxes_by_name(plan) for plan in plans]
         specs = tuple(
             JointSpec(joint, math.prod(facts[joint.weight].shape))
             for joint in find_joints(facts)
-            if joint.weight not in unreferenced and _is_together(joint, plans)
+            if joint.weight not in unreferenced and _is_together(joint, boxes_by_rank)
         )
     identity = uuid.uuid4().hex
     return [
@@ -115,24 +121,27 @@ def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[
     ]
 
 
-def _is_together(joint: Joint, plans: Sequence[SavePlan]) -> bool:
+def _boxes_by_name(plan: SavePlan) -> dict[str, set[tuple[torch.Size, torch.Size]]]:
+    """Offsets and sizes of the boxes that a rank writes of each tensor."""
+    found: dict[str, set[tuple[torch.Size, torch.Size]]] = {}
+    for item in plan.items:
+        if item.tensor_data is not None:
+            chunk = item.tensor_data.chunk
+            found.setdefault(item.index.fqn, set()).add((chunk.offsets, chunk.sizes))
+    return found
+
+
+def _is_together(joint: Joint, boxes_by_rank: Sequence[Mapping[str, object]]) -> bool:
     """Whether each rank writes the same boxes of the weight and of its moments.
 
     A planner that spreads replicated tensors without regard to their partners does not; such joints
     stay lossless.
     """
-    for plan in plans:
-        boxes = {
-            name: {
-                (tuple(i.tensor_data.chunk.offsets), tuple(i.tensor_data.chunk.sizes))
-                for i in plan.items
-                if i.index.fqn == name and i.tensor_data is not None
-            }
-            for name in joint.names
-        }
-        if any(found != boxes[joint.weight] for found in boxes.values()):
-            return False
-    return True
+    return all(
+        boxes.get(name) == boxes.get(joint.weight)
+        for boxes in boxes_by_rank
+        for name in joint.names
+    )
 
 
 @dataclass(frozen=True)
