@@ -43,13 +43,12 @@ class Chain:
 
     def reference(self, name: str, box: Box, dtype: torch.dtype) -> torch.Tensor | None:
         """The reference of one local box, or None where there is none of that size and dtype."""
-        found = self._reachable().get((name, box.offsets))
+        key = (name, box.offsets)
+        pending = {} if self._pending is None else self._pending[1]
+        found = pending.get(key, self.references.get(key))
         if found is None or tuple(found.shape) != box.sizes or found.dtype != dtype:
             return None
         return found
-
-    def _reachable(self) -> dict[Key, torch.Tensor]:
-        return self.references if self._pending is None else {**self.references, **self._pending[1]}
 
     def begin(self, identity: str, reconstruction: dict[Key, torch.Tensor]) -> None:
         """A save has been written here; ``reconstruction`` is what it decodes to."""
