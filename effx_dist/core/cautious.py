@@ -1,4 +1,4 @@
-"""Cautious optimisers (arXiv 2411.16085) as pure functions of tensors.
+"""The cautious mask (arXiv 2411.16085) as pure functions of tensors, for any update rule.
 
 For gradient g and update u, with n elements in the *whole* parameter::
 
@@ -19,9 +19,9 @@ shape and a floating dtype. No communication is performed.
 
 from __future__ import annotations
 
-import math
-
 import torch
+
+from effx_dist.core.update_rules import Scalar
 
 MIN_FRACTION = 1e-3
 """Lower bound of the fraction of agreeing elements, as published: the scale never exceeds 1000."""
@@ -64,21 +64,20 @@ def scale_from_count(count: torch.Tensor, numel: torch.Tensor) -> torch.Tensor:
     return fraction_from_count(count, numel).clamp(min=MIN_FRACTION).reciprocal()
 
 
-def decay_(param: torch.Tensor, lr: float, weight_decay: float) -> None:
-    """Decoupled weight decay (arXiv 1711.05101), never masked: ``p *= 1 - lr * weight_decay``."""
-    param.mul_(1 - lr * weight_decay)
+def decay_(param: torch.Tensor, factor: Scalar) -> None:
+    """Decoupled weight decay (arXiv 1711.05101), never masked: ``p *= factor``, where ``factor`` is
+    ``1 - lr * weight_decay``.
+    """
+    param.mul_(factor)
 
 
-def cautious_decay_(
-    param: torch.Tensor, update: torch.Tensor, lr: float, weight_decay: float
-) -> None:
+def cautious_decay_(param: torch.Tensor, update: torch.Tensor, factor: Scalar) -> None:
     """Cautious weight decay (arXiv 2510.12402): ``p = p - lr * weight_decay * 1[u * p >= 0] * p``.
 
     ``update`` is the step's direction before masking; only its sign is used. Where the indicator is
     1 the result is that of :func:`decay_`, bit for bit.
     """
-    decayed = param * (1 - lr * weight_decay)
-    param.copy_(torch.where(signs_not_opposed(update, param), decayed, param))
+    param.copy_(torch.where(signs_not_opposed(update, param), param * factor, param))
 
 
 def cautious_step_(
@@ -90,57 +89,3 @@ def cautious_step_(
     does in AdamW.
     """
     param.sub_((update * mask).mul_(step_size))
-
-
-def adamw_moments_(
-    exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, grad: torch.Tensor, betas: tuple[float, float]
-) -> None:
-    """``m = beta1 * m + (1 - beta1) * g`` and ``v = beta2 * v + (1 - beta2) * g^2``."""
-    beta1, beta2 = betas
-    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
-    exp_avg_sq.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
-
-
-def adamw_update(
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    step: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> torch.Tensor:
-    """AdamW's update ``u = m_hat / (sqrt(v_hat) + eps)``, with eps where torch.optim adds it.
-
-    ``m_hat = m / (1 - beta1^step)`` and ``v_hat = v / (1 - beta2^step)``; ``step`` counts from 1.
-    The sign of u is that of the new m.
-    """
-    beta1, beta2 = betas
-    inverse_correction = 1 / (1 - math.pow(beta1, step))
-    inverse_root_correction = 1 / math.sqrt(1 - math.pow(beta2, step))
-    denominator = _rounded_sqrt(exp_avg_sq).mul_(inverse_root_correction).add_(eps)
-    return (exp_avg * inverse_correction).div_(denominator)
-
-
-def lion_update(exp_avg: torch.Tensor, grad: torch.Tensor, beta1: float) -> torch.Tensor:
-    """Lion's update ``u = sign(beta1 * m + (1 - beta1) * g)`` (arXiv 2302.06675), of the old m.
-
-    NaN stays NaN: ``torch.sign`` would make it 0 and stop the element for ever without a trace.
-    """
-    mixed = (exp_avg * beta1).add_(grad * (1 - beta1))
-    return torch.where(mixed.isnan(), mixed, mixed.sign())
-
-
-def lion_moment_(exp_avg: torch.Tensor, grad: torch.Tensor, beta2: float) -> None:
-    """``m = beta2 * m + (1 - beta2) * g``, after the step."""
-    exp_avg.mul_(beta2).add_(grad * (1 - beta2))
-
-
-def _rounded_sqrt(values: torch.Tensor) -> torch.Tensor:
-    """The correctly rounded square root, in a new tensor.
-
-    On a CPU torch.sqrt calls a vector maths library that is an ulp off in about 0.7 % of float32
-    values, so that no other implementation could reproduce a step bit for bit. Through float64 the
-    float32 result is exact.
-    """
-    if values.dtype == torch.float32 and values.device.type == "cpu":
-        return values.double().sqrt_().float()
-    return values.sqrt()

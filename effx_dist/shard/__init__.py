@@ -23,6 +23,7 @@ from effx_dist.shard.piece import (
     local_of,
     pieces_of_flat_range,
     pieces_of_tensor,
+    start_sum,
 )
 from effx_dist.shard.rows import LocalRows
 
@@ -45,5 +46,6 @@ __all__ = [
     "pieces_of_tensor",
     "run_ranks",
     "separate_group",
+    "start_sum",
     "whole_box",
 ]

@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -27,6 +28,10 @@ _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def _nothing_to_wait_for() -> None:
+    pass
+
+
 class Group(ABC):
     """Ranks ``0 .. size - 1`` and this one's place among them."""
 
@@ -36,6 +41,15 @@ class Group(ABC):
     @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         """Reduce ``tensor`` (same shape and dtype on every rank) in place; return it."""
+
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Callable[[], None]:
+        """Begin to reduce ``tensor`` in place. It may be read once the returned function has been
+        called: that waits, on an accelerator for its stream and not for the host.
+
+        This default has reduced it on return.
+        """
+        self.all_reduce(tensor, op)
+        return _nothing_to_wait_for
 
     @abstractmethod
     def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -172,14 +186,23 @@ class TorchGroup(Group):
     needs."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self.process_group = process_group if process_group is not None else dist.group.WORLD
-        self.rank = dist.get_rank(self.process_group)
-        self.size = dist.get_world_size(self.process_group)
+        chosen = process_group if process_group is not None else dist.group.WORLD
+        assert chosen is not None, "torch.distributed is initialised"
+        self._process_group = chosen
+        self.rank = dist.get_rank(chosen)
+        self.size = dist.get_world_size(chosen)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """What torch.distributed knows it by."""
+        return self._process_group
+
+    @cached_property
+    def _devices(self) -> set[str]:
+        """Kinds of device whose tensors the backend takes as they are."""
         config = dist.get_backend_config(self.process_group)  # "cpu:gloo,cuda:nccl"
         backends = dict(pair.split(":") for pair in config.split(","))
-        self._devices = {
-            device for device, name in backends.items() if device == "cpu" or name != "gloo"
-        }
+        return {device for device, name in backends.items() if device == "cpu" or name != "gloo"}
 
     @classmethod
     def dedicated(cls, timeout: timedelta = timedelta(minutes=10)) -> TorchGroup:
@@ -196,9 +219,21 @@ class TorchGroup(Group):
         return tensor.to(torch.device("cuda", torch.cuda.current_device()))
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        self.start_all_reduce(tensor, op)()
+        return tensor
+
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Callable[[], None]:
         moved = self._transport(tensor)
-        dist.all_reduce(moved, getattr(dist.ReduceOp, op.upper()), group=self.process_group)
-        return tensor if moved is tensor else tensor.copy_(moved)
+        reduce_op = getattr(dist.ReduceOp, op.upper())
+        work = dist.all_reduce(moved, reduce_op, group=self.process_group, async_op=True)
+
+        def wait() -> None:
+            if work is not None:  # None on a rank outside the group
+                work.wait()
+            if moved is not tensor:
+                tensor.copy_(moved)
+
+        return wait
 
     def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         num_sent = torch.tensor([part.numel() for part in send], dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,16 +12,17 @@ from torch.distributed.tensor import DTensor
 
 from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard.box import Box, flat_range_to_boxes, flat_start, whole_box
-from effx_dist.shard.group import Group, TorchGroup
+from effx_dist.shard.group import Group
+from effx_dist.shard.mesh import group_of_axes
 
 
 @dataclass(frozen=True, slots=True)
 class WholeTensor:
     """A whole (unsharded) tensor as all ranks know it.
 
-    ``groups``: the process groups over which its boxes are spread, one per sharded mesh axis.
-    Summing a statistic of the local pieces over each of them in turn gives that of the whole;
-    replicas are in none. Empty where every rank holds all of it.
+    ``groups``: the groups over which its boxes are spread. Summing a statistic of the local pieces
+    over each of them in turn gives that of the whole; replicas are in none. A DTensor has one group
+    at most, also where several axes of its mesh cut it. Empty where every rank holds all of it.
     """
 
     name: str
@@ -106,11 +107,12 @@ def _sharding_groups(name: str, tensor: DTensor) -> tuple[Group, ...]:
         )
     if mesh.get_coordinate() is None:
         return ()
-    return tuple(
-        TorchGroup(mesh.get_group(axis))
+    axes = [
+        axis
         for axis, placement in enumerate(tensor.placements)
         if not placement.is_replicate() and mesh.size(axis) > 1
-    )
+    ]
+    return (group_of_axes(mesh, axes),) if axes else ()
 
 
 class ShardMap:
@@ -156,19 +158,35 @@ class ShardMap:
         return {groups: torch.tensor(index) for groups, index in found.items()}
 
     def sum_over_holders(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values[i]`` (int64 [num wholes], a statistic of this rank's pieces of whole i) over
-        its holders.
+        """Sum ``values[i]`` ([num wholes], a statistic of this rank's pieces of whole i) over its
+        holders.
 
-        In place. One all-reduce per set of groups and sharded axis: exactly one under plain FSDP2
-        or ZeRO, none where nothing is sharded.
+        In place. One all-reduce per set of groups and group in it: exactly one under plain FSDP2 or
+        ZeRO, none where nothing is sharded. Integers are summed exactly, in any order of the ranks.
         """
         for groups, index in self.by_groups.items():
             if len(index) == len(self.wholes):
-                for group in groups:
-                    group.all_reduce(values)
+                start_sum(groups, values)()
             elif groups:
                 packed = values[index]
-                for group in groups:
-                    group.all_reduce(packed)
+                start_sum(groups, packed)()
                 values[index] = packed
         return values
+
+
+def start_sum(groups: Sequence[Group], values: torch.Tensor) -> Callable[[], None]:
+    """Begin to sum ``values`` in place over each of the groups in turn: one all-reduce per group.
+
+    They may be read once the returned function has been called. No communication is performed
+    without a group.
+    """
+    if not groups:
+        return lambda: None
+    wait_for_first = groups[0].start_all_reduce(values)
+
+    def wait() -> None:
+        wait_for_first()
+        for group in groups[1:]:
+            group.all_reduce(values)
+
+    return wait
