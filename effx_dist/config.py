@@ -117,11 +117,12 @@ class CautiousConfig(_Section):
     torch.optim.AdamW."""
 
     implementation: Annotated[
-        Literal["auto", "eager"],
-        _remedy('others come with a later version, and "auto" will then take the fastest'),
+        Literal["auto", "triton", "compiled", "eager"],
+        _remedy('"auto" takes the fastest for the device'),
     ] = "auto"
-    """How a step is computed. "auto": the fastest that this version has for the device; "eager":
-    plain torch operations, the reference. Default "auto": all give the same values."""
+    """What computes a step. "triton": kernels for CUDA and ROCm devices; "compiled": C++ for the CPU,
+    built on first use; "eager": plain torch operations, the reference; "auto": the first of these
+    that is there for the device. Default "auto": all give the same values."""
 
 
 class ExcpConfig(_Section):

@@ -184,7 +184,7 @@ def test_to_dict_and_from_dict_are_inverse_also_through_json_and_pickle(config: 
         ("infobatch", "score", "Loss", '"loss" or "relative"'),
         ("infobatch", "seed", -1, ">= 0"),
         ("infobatch", "seed", 2**63, f"< {2**63}"),
-        ("cautious", "implementation", "triton", '"auto" or "eager"'),
+        ("cautious", "implementation", "cuda", '"auto" or "triton" or "compiled" or "eager"'),
         ("excp", "profile", "tiny", '"lossless"'),
         ("excp", "base_every", 0, ">= 1"),
         ("excp", "async_mode", "async", '"sync" or "thread" or "process"'),

@@ -254,7 +254,7 @@ def test_a_gradient_of_another_shape_is_refused() -> None:
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\)"),
         ({"betas": (0.9,)}, "two numbers"),
-        ({"implementation": "triton"}, "implementation='triton': must be 'auto' or 'eager'"),
+        ({"implementation": "cuda"}, "implementation='cuda': must be one of 'auto', 'triton'"),
     ],
 )
 def test_settings_out_of_range_are_refused(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.optim.optimizer import ParamsT
 
-from effx_dist.core import cautious
-from effx_dist.optim.base import CautiousOptimizer, Implementation, Work
+from effx_dist.core.update_rules import AdamW, UpdateRule
+from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.kernels import Implementation
 from effx_dist.optim.layout import ShardMapSource
+
+_RULE = AdamW()
 
 
 class CautiousAdamW(CautiousOptimizer):
@@ -41,15 +47,17 @@ class CautiousAdamW(CautiousOptimizer):
         cautious_weight_decay: decay only where the update and the parameter do not differ in sign
             (arXiv 2510.12402).
         maximize: ascend instead.
-        implementation: ``"eager"``; ``"auto"`` chooses for you.
+        capturable: keep the number of steps on the device, so that a step can be captured in a CUDA
+            graph and an overflow found by a GradScaler is not waited for.
+        implementation: ``"auto"``, ``"triton"``, ``"compiled"`` or ``"eager"``: what computes the
+            step. ``"auto"`` is Triton on CUDA and ROCm devices, the compiled kernel on the CPU, plain
+            torch operations elsewhere and where Triton or a C++ compiler is missing.
         shard_map: where this rank's pieces lie. None draws it from the parameters at the first
             step, and again when the groups change.
 
     Raises:
         ConfigError: a setting is out of its range, or a parameter is not of a floating dtype.
     """
-
-    _moment_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -60,6 +68,7 @@ class CautiousAdamW(CautiousOptimizer):
         weight_decay: float = 1e-2,
         cautious_weight_decay: bool = False,
         maximize: bool = False,
+        capturable: bool = False,
         implementation: Implementation = "auto",
         shard_map: ShardMapSource | None = None,
     ) -> None:
@@ -70,17 +79,9 @@ class CautiousAdamW(CautiousOptimizer):
             "weight_decay": weight_decay,
             "cautious_weight_decay": cautious_weight_decay,
             "maximize": maximize,
+            "capturable": capturable,
         }
         super().__init__(params, defaults, implementation, shard_map)
 
-    def _count(self, item: Work) -> torch.Tensor:
-        grad, exp_avg = item.grad(), item.moments["exp_avg"]
-        cautious.adamw_moments_(exp_avg, item.moments["exp_avg_sq"], grad, item.options.betas)
-        return cautious.count_agreement(exp_avg, grad)
-
-    def _update(self, item: Work, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        exp_avg, options = item.moments["exp_avg"], item.options
-        update = cautious.adamw_update(
-            exp_avg, item.moments["exp_avg_sq"], item.step, options.betas, options.eps
-        )
-        return update, exp_avg  # the update may underflow to zero; the moment has kept its sign
+    def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
+        return _RULE

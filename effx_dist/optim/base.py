@@ -3,88 +3,40 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from effx_dist.core import cautious
+from effx_dist.core.update_rules import UpdateRule
 from effx_dist.errors import ConfigError, LayoutMismatchError
-from effx_dist.optim.layout import Layout, Segment, ShardMapSource, draw_layout
-from effx_dist.shard import ShardMap, local_of
-
-Implementation = Literal["auto", "eager"]
-
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
-_DTYPES = (*_HALF_DTYPES, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """A parameter group's settings, read once per step."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    cautious_weight_decay: bool
-    maximize: bool
-
-    @classmethod
-    def of_group(cls, group: dict[str, Any]) -> Options:
-        """``lr`` may be a 1-element tensor; one on an accelerator is waited for here, as
-        torch.optim.AdamW does.
-        """
-        return cls(
-            lr=float(group["lr"]),
-            betas=(float(group["betas"][0]), float(group["betas"][1])),
-            eps=float(group.get("eps", 0.0)),
-            weight_decay=float(group["weight_decay"]),
-            cautious_weight_decay=bool(group["cautious_weight_decay"]),
-            maximize=bool(group["maximize"]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One segment of one local parameter in one step, sharing memory with the optimiser.
-
-    Attributes:
-        moments: exp_avg and the like, by state key, in the dtype of the arithmetic.
-        step: number of steps of this parameter, this one included.
-    """
-
-    whole_index: int
-    options: Options
-    param: torch.Tensor
-    raw_grad: torch.Tensor
-    moments: dict[str, torch.Tensor]
-    step: float
-
-    def grad(self) -> torch.Tensor:
-        """The gradient to descend, in the dtype of the arithmetic; each walk makes its own."""
-        grad = self.raw_grad.to(working_dtype(self.param))
-        return grad.neg() if self.options.maximize else grad
-
-
-def working_dtype(param: torch.Tensor) -> torch.dtype:
-    """dtype of the state and the arithmetic: the parameter's own, float32 if that has 16 bits."""
-    return torch.float32 if param.dtype in _HALF_DTYPES else param.dtype
+from effx_dist.optim.clip import clipping_factor, total_norm
+from effx_dist.optim.kernels import IMPLEMENTATIONS, Implementation, Walks
+from effx_dist.optim.layout import DTYPES, Layout, ShardMapSource, draw_layout
+from effx_dist.optim.plan import StepPlan, members_by_group, plan_step
+from effx_dist.optim.state import settle_state
+from effx_dist.shard import ShardMap, start_sum
 
 
 class CautiousOptimizer(Optimizer):
-    """Base of the cautious optimisers: a subclass gives the update, this class the step.
+    """Base of the cautious optimisers: a subclass gives the update rule, this class the step.
 
-    ``step()`` performs one all-reduce of one int64 vector, 8 bytes per whole parameter, per set of
-    groups that parameters are spread over: exactly one under plain FSDP2 or ZeRO, none where every
-    parameter is whole on its rank. All parameters take part, also those without a gradient, so that
-    every rank sends the same vector.
+    ``step()`` walks twice over the parameters: it counts the elements that agree in sign, sums the
+    counts over the ranks, and steps. It performs one all-reduce of one int64 vector, 8 bytes per
+    whole parameter, per set of groups that parameters are spread over: exactly one under plain FSDP2
+    or ZeRO, none where every parameter is whole on its rank. Several are under way together, each
+    while the next set is counted. All parameters take part, also those without a gradient, so that
+    every rank sends the same vector. If a collective fails nothing has been changed.
+
+    torch.amp.GradScaler may leave unscaling to ``step()``: an overflow that one rank found makes all
+    that share a parameter with it skip the step, and every rank must use the scaler then. Gradients
+    are left as they are, scaled and unclipped.
     """
 
-    _moment_names: ClassVar[tuple[str, ...]]
+    _step_supports_amp_scaling = True  # see torch.amp.GradScaler.step
 
     def __init__(
         self,
@@ -93,14 +45,19 @@ class CautiousOptimizer(Optimizer):
         implementation: Implementation,
         shard_map: ShardMapSource | None,
     ) -> None:
-        if implementation not in ("auto", "eager"):
+        if implementation not in IMPLEMENTATIONS:
             raise ConfigError(
-                f"{implementation=}: must be 'auto' or 'eager', which are all that this version has"
+                f"{implementation=}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}"
             )
         self.implementation: Implementation = implementation
         self._shard_map = shard_map
         self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._clipping: torch.Tensor | None = None
         super().__init__(params, defaults)
+
+    @abstractmethod
+    def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
+        """The update rule of a parameter group."""
 
     @property
     def shard_map(self) -> ShardMapSource | None:
@@ -122,16 +79,12 @@ class CautiousOptimizer(Optimizer):
         """Mean of the mask at the last step by whole parameter: the fraction that agreed in sign.
 
         The key is the parameter's name where the optimiser knows it and its index otherwise.
-        Parameters that have not been stepped are left out. Reading it copies the counts to the
-        host; no communication is performed.
+        Parameters that have not been stepped are left out. Reading it copies the counts, which the
+        step has left where they were, to the host; no communication is performed.
         """
         found: dict[str | int, float] = {}
         for layout in self._layouts.values():
-            counts = layout.last_counts
-            if counts is not None:
-                fractions = cautious.fraction_from_count(counts, layout.numels(counts.device))
-                labelled = enumerate(zip(layout.labels, fractions.tolist(), strict=True))
-                found |= {label: value for i, (label, value) in labelled if i not in layout.idle}
+            found |= layout.alignment()
         return found
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -143,6 +96,23 @@ class CautiousOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._layouts = {}
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clip the gradients to a total 2-norm of ``max_norm`` within the next ``step()``.
+
+        In place of torch.nn.utils.clip_grad_norm_, and cheaper: both walks of the step multiply as
+        they read, so that clipping writes nothing, and masking moves no more bytes than clipping by
+        hand would. The gradients themselves stay unclipped. The norm is over all whole parameters of
+        this optimiser; a sum of floating-point numbers, it is the same on all ranks but depends on
+        their number in its last bits.
+
+        Returns the norm before clipping: float64, 0-d, on the parameters' device, which is not
+        waited for. One all-reduce of 8 bytes per set of groups. Every rank calls it.
+        """
+        layout = self._current_layout()
+        norm = total_norm(layout, members_by_group(layout, self.param_groups)[0])
+        self._clipping = clipping_factor(norm, max_norm)
+        return norm
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -158,49 +128,54 @@ class CautiousOptimizer(Optimizer):
         all ranks that share a parameter or on none (FSDP2 and DDP do).
 
         Raises:
-            LayoutMismatchError: a gradient is sparse or laid out unlike its parameter. On this
-                rank nothing was changed then.
+            ConfigError: ``implementation`` is not for the device of a parameter.
+            LayoutMismatchError: a gradient is sparse, complex or laid out unlike its parameter, or
+                how a parameter is cut cannot be told. On this rank nothing was changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         layout = self._current_layout()
-        work = self._plan(layout)
-        counts = torch.zeros(len(layout.shard_map.wholes), dtype=torch.int64, device=layout.device)
-        for item in work:
-            counts[item.whole_index] += self._count(item)
-        layout.shard_map.sum_over_holders(counts)
+        factor = self._take_grad_factor()
+        plan = plan_step(
+            layout, self.param_groups, self.state, self._rule, self.implementation, factor
+        )
+        counts, skip = self._count(layout, plan)
         scales = cautious.scale_from_count(counts, layout.numels(counts.device))
-        for item in work:
-            self._apply(item, scales[item.whole_index])
-        layout.last_counts = counts
+        for device, walks in chain.from_iterable(plan.walks):
+            walks.update(scales.to(device), skip)
+        plan.advance_steps(skip)
+        layout.last_counts, layout.idle = counts, plan.idle
         return loss
 
-    @abstractmethod
-    def _count(self, item: Work) -> torch.Tensor:
-        """First walk: agreeing elements of this segment, int64 0-d. May advance the moments."""
+    def _count(self, layout: Layout, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """First walks and their all-reduces: the whole counts by slot, and whether to skip."""
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        counts = torch.zeros(layout.num_slots, dtype=torch.int64, device=layout.device)
+        waits = []
+        for bucket, walks in zip(layout.buckets, plan.walks, strict=True):
+            for device, walk in walks:
+                _count_into(counts, walk, device)
+            stop = bucket.stop
+            if found_inf is not None:
+                counts[bucket.stop] = found_inf != 0
+                stop += 1
+            waits.append(start_sum(bucket.groups, counts[bucket.start : stop]))
+        for wait in waits:
+            wait()
+        if found_inf is None or not layout.buckets:
+            return counts, found_inf
+        return counts, torch.stack([counts[bucket.stop] for bucket in layout.buckets]).any()
 
-    @abstractmethod
-    def _update(self, item: Work, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second walk: the update, and a tensor with its exact signs, those that were counted."""
-
-    def _finish(self, item: Work, grad: torch.Tensor) -> None:
-        """After the step of this segment: what has to come last."""
-
-    def _apply(self, item: Work, scale: torch.Tensor) -> None:
-        options, grad = item.options, item.grad()
-        update, signs = self._update(item, grad)
-        param = item.param.to(working_dtype(item.param))
-        if options.weight_decay and options.cautious_weight_decay:
-            cautious.cautious_decay_(param, signs, options.lr, options.weight_decay)
-        elif options.weight_decay:
-            cautious.decay_(param, options.lr, options.weight_decay)
-        step_size = (scale * options.lr).to(param)  # float64 until here: one rounding
-        cautious.cautious_step_(param, update, cautious.signs_agree(signs, grad), step_size)
-        if param is not item.param:
-            item.param.copy_(param)
-        self._finish(item, grad)
+    def _take_grad_factor(self) -> torch.Tensor | None:
+        """What a scaler and the clipping want gradients multiplied by, once; None for 1."""
+        clipping, self._clipping = self._clipping, None
+        grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is None:
+            return clipping
+        unscaling = grad_scale.double().reciprocal()
+        return unscaling if clipping is None else unscaling * clipping.to(unscaling)
 
     def _current_layout(self) -> Layout:
         key = tuple(id(param) for group in self.param_groups for param in group["params"])
@@ -209,87 +184,50 @@ class CautiousOptimizer(Optimizer):
             self._layouts[key] = draw_layout(self.param_groups, self._shard_map)
         return self._layouts[key]
 
-    def _plan(self, layout: Layout) -> list[Work]:
-        """Every segment that has a gradient. All gradients are checked before anything changes."""
-        grads = [layout.local_grad(index) for index in range(len(layout.params))]
-        options: dict[torch.Tensor, Options] = {}
-        for group in self.param_groups:
-            options |= dict.fromkeys(group["params"], Options.of_group(group))
-        work: list[Work] = []
-        idle: set[int] = set()
-        for param, grad, segments in zip(layout.params, grads, layout.segments, strict=True):
-            if grad is None:
-                idle.update(segment.whole_index for segment in segments)
-            else:
-                work += self._work_of(param, grad, segments, options[param])
-        layout.idle = frozenset(idle)
-        return work
-
-    def _work_of(
-        self,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        segments: tuple[Segment, ...],
-        options: Options,
-    ) -> list[Work]:
-        step, moments = self._advance_state(param)
-        local = local_of(param)
-        return [
-            Work(
-                whole_index=segment.whole_index,
-                options=options,
-                param=segment.of(local),
-                raw_grad=segment.of(grad),
-                moments={name: segment.of(moment) for name, moment in moments.items()},
-                step=step,
-            )
-            for segment in segments
-        ]
-
-    def _advance_state(self, param: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-        """Count a step, making the state on first use. Returns its number and the local moments."""
-        state = self.state[param]
-        if not state:
-            # On the host, as in torch.optim.AdamW: reading it must not wait for the device.
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            for name in self._moment_names:
-                state[name] = torch.zeros_like(param, dtype=working_dtype(param))
-        state["step"] += 1
-        return float(state["step"]), {name: local_of(state[name]) for name in self._moment_names}
-
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay", "eps"):
             if name in group and not float(group[name]) >= 0:
                 raise ConfigError(f"{name}={group[name]}: must be at least 0")
-        betas = tuple(group["betas"])
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        betas = tuple(group.get("betas", ()))
+        if "betas" in group and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
             raise ConfigError(f"{betas=}: must be two numbers in [0, 1)")
         for index, param in enumerate(group["params"]):
-            if param.dtype not in _DTYPES:
+            if param.dtype not in DTYPES:
                 name = (
                     group["param_names"][index] if "param_names" in group else f"parameter {index}"
                 )
                 raise ConfigError(
-                    f"{name}: dtype {param.dtype} must be one of {', '.join(map(str, _DTYPES))}; "
+                    f"{name}: dtype {param.dtype} must be one of {', '.join(map(str, DTYPES))}; "
                     "view a complex parameter as real, leave an integer one out"
                 )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As in torch, but the moments of 16-bit parameters stay in float32.
 
-        A state of torch.optim.AdamW may be loaded too: settings that it lacks keep their defaults. No
-        communication is performed.
+        A state of the torch.optim optimiser of the same name may be loaded too: settings that it
+        lacks keep their defaults. No communication is performed.
+
+        Raises:
+            ConfigError: the state is of a variant (amsgrad, dampening) that is not to be had here.
         """
+        for group in state_dict["param_groups"]:
+            self._check_loaded_group(group)
         super().load_state_dict(state_dict)
-        # torch rounds each moment to its parameter's dtype; take the unrounded ones again.
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            if param.dtype in _HALF_DTYPES and param in self.state:
+        ours = ((param, group) for group in self.param_groups for param in group["params"])
+        for saved_id, (param, group) in zip(saved_ids, ours, strict=True):
+            if param in self.state:
                 saved = state_dict["state"][saved_id]
-                for name in self._moment_names:
-                    moment = saved[name].to(device=param.device, dtype=torch.float32)
-                    self.state[param][name] = moment
+                rule = self._rule(group)
+                settle_state(self.state[param], saved, rule, param, group["capturable"])
+
+    def _check_loaded_group(self, group: Mapping[str, Any]) -> None:
+        for name in ("amsgrad", "dampening"):
+            if group.get(name):
+                raise ConfigError(
+                    f"{name}={group[name]} in the state to load: {type(self).__name__} has no {name}; "
+                    "going on without it would be another optimiser"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         own = {
@@ -306,9 +244,19 @@ class CautiousOptimizer(Optimizer):
         if has_shard_map is not None:
             self._shard_map = _lost_shard_map if has_shard_map else None
             self._layouts = {}
+            self._clipping = None
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+
+def _count_into(counts: torch.Tensor, walks: Walks, device: torch.device) -> None:
+    if device == counts.device:
+        walks.count_into(counts)
+        return
+    here = torch.zeros_like(counts, device=device)
+    walks.count_into(here)
+    counts += here.to(counts.device)
 
 
 def _lost_shard_map(params: object) -> ShardMap:

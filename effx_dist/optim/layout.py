@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from effx_dist.core.cautious import fraction_from_count
 from effx_dist.errors import LayoutMismatchError
-from effx_dist.shard import Piece, ShardMap, local_of
+from effx_dist.shard import Group, Piece, ShardMap, local_of
 
 ShardMapSource = ShardMap | Callable[[Sequence[torch.Tensor]], ShardMap]
 """A shard map of the parameters, or what draws one from them whenever their list changes."""
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""dtypes of parameters and gradients."""
+
+_HIDDEN_CUTS = {
+    "_fsdp_flattened": (
+        "FullyShardedDataParallel",
+        "give shard_map=effx_dist.engines.fsdp1.shard_map(model), or use fully_shard",
+    ),
+    "ds_id": ("DeepSpeed ZeRO-3", "give a shard_map of the flat partitions"),
+}
+"""Attributes by which engines mark the parameters that they cut, who does, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +47,31 @@ class Segment:
         return local.view(-1).narrow(0, self.start, self.length)
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Wholes that are spread over the same groups: slots ``[start, stop)`` of the counts.
+
+    Slot ``stop`` is the bucket's too: there ranks tell each other of an overflow.
+    """
+
+    groups: tuple[Group, ...]
+    start: int
+    stop: int
+
+
 class Layout:
     """The segments of a fixed list of parameters, and what the last step counted in them.
+
+    Counts lie in slots, bucket by bucket, so that each bucket's are summed where they lie.
 
     Attributes:
         params: the parameters, in the order of the groups, each once.
         shard_map: the wholes behind them; one local tensor per parameter.
         labels: what a caller calls each whole: its name, or the index of its unnamed parameter.
         segments: for each parameter, its segments. Elements in none of them are padding.
-        last_counts: int64 [num wholes], agreeing elements of each whole at the last step.
+        buckets: the wholes by the groups they are spread over, in an order that all ranks share.
+        slots: the slot of each whole.
+        last_counts: int64 [num slots], agreeing elements of each whole at the last step.
         idle: indices of the wholes that had no gradient on this rank at the last step.
     """
 
@@ -56,6 +88,7 @@ class Layout:
         self.segments = tuple(segments)
         self.last_counts: torch.Tensor | None = None
         self.idle: frozenset[int] = frozenset()
+        self.slots, self.buckets = _slots(shard_map)
         self._numels: dict[torch.device, torch.Tensor] = {}
 
     @property
@@ -63,12 +96,38 @@ class Layout:
         """Where the counts are summed: the device of the first parameter."""
         return self.params[0].device if self.params else torch.device("cpu")
 
+    @property
+    def num_slots(self) -> int:
+        """One per whole and one per bucket."""
+        return len(self.slots) + len(self.buckets)
+
+    @cached_property
+    def bucket_of(self) -> list[int]:
+        """Index of each whole's bucket."""
+        starts = [bucket.start for bucket in self.buckets]
+        return [bisect_right(starts, slot) - 1 for slot in self.slots]
+
     def numels(self, device: torch.device) -> torch.Tensor:
-        """Elements of each whole: int64 [num wholes]. Copied to a device once, not in each step."""
+        """Elements of the whole in each slot: int64 [num slots]. Copied to a device once, not in
+        each step.
+        """
         if device not in self._numels:
-            numels = [whole.numel for whole in self.shard_map.wholes]
-            self._numels[device] = torch.tensor(numels, dtype=torch.int64, device=device)
+            numels = torch.zeros(self.num_slots, dtype=torch.int64)
+            for whole, slot in zip(self.shard_map.wholes, self.slots, strict=True):
+                numels[slot] = whole.numel
+            self._numels[device] = numels.to(device)
         return self._numels[device]
+
+    def alignment(self) -> dict[str | int, float]:
+        """Fraction that agreed at the last step by label, of the wholes that were stepped. Waits for
+        the device.
+        """
+        if self.last_counts is None:
+            return {}
+        numels = self.numels(self.last_counts.device)
+        fractions = fraction_from_count(self.last_counts, numels).tolist()
+        labelled = enumerate(zip(self.labels, self.slots, strict=True))
+        return {label: fractions[slot] for i, (label, slot) in labelled if i not in self.idle}
 
     def describe(self, index: int) -> str:
         """Parameter ``index`` in words, for an error: the wholes that it holds elements of."""
@@ -80,30 +139,51 @@ class Layout:
         """The local gradient of parameter ``index``, or None. No communication is performed.
 
         Raises:
-            LayoutMismatchError: the gradient is sparse, or of another shape or sharding.
+            LayoutMismatchError: the gradient is sparse, complex, or of another shape or sharding.
         """
         param = self.params[index]
         grad = param.grad
         if grad is None:
             return None
         local_grad, local = local_of(grad), local_of(param)
-        if local_grad.layout != torch.strided:
+        if local_grad.layout != torch.strided or local_grad.dtype not in DTYPES:
             raise LayoutMismatchError(
-                f"{self.describe(index)}: the gradient's layout is {local_grad.layout}, must be "
-                "torch.strided; use sparse=False in the embedding"
+                f"{self.describe(index)}: the gradient's layout is {local_grad.layout} and its dtype "
+                f"{local_grad.dtype}, must be torch.strided and one of "
+                f"{', '.join(map(str, DTYPES))}; use sparse=False in an embedding"
             )
-        if _sharding(grad) != _sharding(param):
-            raise LayoutMismatchError(
-                f"{self.describe(index)}: the gradient is laid out as {_sharding(grad)} and the "
-                f"parameter as {_sharding(param)}; redistribute the gradient first"
-            )
+        if isinstance(grad, DTensor) or isinstance(param, DTensor):
+            self._check_sharding(index, grad, param)
         if grad.shape != param.shape or local_grad.shape != local.shape:
             raise LayoutMismatchError(
                 f"{self.describe(index)}: the gradient's shape is {tuple(grad.shape)}, on this "
                 f"rank {tuple(local_grad.shape)}; must be {tuple(param.shape)} and {tuple(local.shape)}"
             )
-        is_cut = any(segment.start is not None for segment in self.segments[index])
-        return local_grad.contiguous() if is_cut else local_grad
+        # Segments are ranges of memory: the gradient's elements must lie as the parameter's do.
+        if local_grad.is_contiguous() and local.is_contiguous():
+            return local_grad
+        if local_grad.stride() == local.stride():
+            return local_grad
+        return torch.empty_like(local).copy_(local_grad)
+
+    def _check_sharding(self, index: int, grad: torch.Tensor, param: torch.Tensor) -> None:
+        if _sharding(grad) != _sharding(param):
+            raise LayoutMismatchError(
+                f"{self.describe(index)}: the gradient is laid out as {_sharding(grad)} and the "
+                f"parameter as {_sharding(param)}; redistribute the gradient first"
+            )
+
+
+def _slots(shard_map: ShardMap) -> tuple[tuple[int, ...], tuple[Bucket, ...]]:
+    slots = [0] * len(shard_map.wholes)
+    buckets: list[Bucket] = []
+    start = 0
+    for groups, indices in shard_map.by_groups.items():
+        for offset, index in enumerate(indices.tolist()):
+            slots[index] = start + offset
+        buckets.append(Bucket(groups, start, start + len(indices)))
+        start += len(indices) + 1
+    return tuple(slots), tuple(buckets)
 
 
 def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None) -> Layout:
@@ -113,11 +193,13 @@ def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None)
     on this rank.
 
     Raises:
-        LayoutMismatchError: the shard map does not fit the parameters, or a DTensor has a pending
-        reduction.
+        LayoutMismatchError: the shard map does not fit the parameters, a DTensor has a pending
+        reduction, or an engine has cut a parameter in a way that it does not tell.
     """
     params, labels = _unique_params(groups)
     if source is None:
+        for param, label in zip(params, labels, strict=True):
+            _refuse_hidden_cut(_name(label), param)
         named = [_name(label) for label in labels]
         shard_map = ShardMap.of_tensors(list(zip(named, params, strict=True)))
         return Layout(params, shard_map, labels, [(Segment(i),) for i in range(len(params))])
@@ -132,6 +214,16 @@ def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None)
         for i, (param, pieces) in enumerate(zip(params, shard_map.pieces, strict=True))
     ]
     return Layout(params, shard_map, [whole.name for whole in shard_map.wholes], segments)
+
+
+def _refuse_hidden_cut(name: str, param: torch.Tensor) -> None:
+    """A plain tensor counts as whole; one that is known not to be must not be taken for it."""
+    for mark, (engine, remedy) in _HIDDEN_CUTS.items():
+        if hasattr(param, mark):
+            raise LayoutMismatchError(
+                f"{name}: {engine} holds an unnamed part of it on this rank, so that the mean over "
+                f"the whole cannot be told; {remedy}"
+            )
 
 
 def _sharding(tensor: torch.Tensor) -> tuple[Any, ...]:

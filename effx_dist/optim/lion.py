@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.optim.optimizer import ParamsT
 
-from effx_dist.core import cautious
-from effx_dist.optim.base import CautiousOptimizer, Implementation, Work
+from effx_dist.core.update_rules import Lion, UpdateRule
+from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.kernels import Implementation
 from effx_dist.optim.layout import ShardMapSource
+
+_RULE = Lion()
 
 
 class CautiousLion(CautiousOptimizer):
@@ -27,8 +33,6 @@ class CautiousLion(CautiousOptimizer):
     those of :class:`~effx_dist.optim.adamw.CautiousAdamW`; there is no ``eps``.
     """
 
-    _moment_names = ("exp_avg",)
-
     def __init__(
         self,
         params: ParamsT,
@@ -37,6 +41,7 @@ class CautiousLion(CautiousOptimizer):
         weight_decay: float = 0.0,
         cautious_weight_decay: bool = False,
         maximize: bool = False,
+        capturable: bool = False,
         implementation: Implementation = "auto",
         shard_map: ShardMapSource | None = None,
     ) -> None:
@@ -46,16 +51,9 @@ class CautiousLion(CautiousOptimizer):
             "weight_decay": weight_decay,
             "cautious_weight_decay": cautious_weight_decay,
             "maximize": maximize,
+            "capturable": capturable,
         }
         super().__init__(params, defaults, implementation, shard_map)
 
-    def _count(self, item: Work) -> torch.Tensor:
-        grad = item.grad()
-        return cautious.count_agreement(self._update(item, grad)[0], grad)
-
-    def _update(self, item: Work, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        update = cautious.lion_update(item.moments["exp_avg"], grad, item.options.betas[0])
-        return update, update
-
-    def _finish(self, item: Work, grad: torch.Tensor) -> None:
-        cautious.lion_moment_(item.moments["exp_avg"], grad, item.options.betas[1])
+    def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
+        return _RULE

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -145,7 +146,7 @@ def _features(versions: dict[str, str | None], torch: Any) -> list[Part]:
     no_ranks = "" if backends else "torch.distributed has no backend"
     return [
         _feature("sample pruning (InfoBatch)", no_torch),
-        _feature("cautious optimisers", no_torch),
+        _feature("cautious optimisers", no_torch, _cautious_step(torch)),
         _feature("compressed checkpoints (ExCP)", no_torch or no_codecs),
         _feature(
             "several ranks", no_torch or no_ranks, plural(len(backends.split(", ")), "backend")
@@ -157,6 +158,19 @@ def _features(versions: dict[str, str | None], torch: Any) -> list[Part]:
             "TensorBoard scalars", "" if versions["tensorboard"] else "pip install tensorboard"
         ),
     ]
+
+
+def _cautious_step(torch: Any) -> str:
+    """Which implementation of the step serves this machine; builds the compiled one if need be."""
+    if torch is None:
+        return ""
+    from effx_dist.optim.kernels import walks_class
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        name = walks_class("auto", device).__name__
+    return str(caught[0].message) if caught else f"{device.type}: {name.removesuffix('Walks').lower()}"
 
 
 def _feature(name: str, obstacle: str, note: str = "") -> Part:

@@ -1,0 +1,58 @@
+"""Clipping by the total norm, as two factors: nothing is written before the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from effx_dist.errors import ConfigError
+from effx_dist.optim.layout import Layout
+from effx_dist.optim.plan import Member
+from effx_dist.optim.state import HALF_DTYPES
+from effx_dist.shard import start_sum
+
+
+def total_norm(
+    layout: Layout, by_group: Sequence[tuple[dict[str, Any], list[Member]]]
+) -> torch.Tensor:
+    """2-norm of the whole gradients of all parameters: float64, 0-d, on the layout's device.
+
+    One all-reduce of 8 bytes per bucket that is spread over ranks.
+    """
+    sums = torch.zeros(len(layout.buckets), dtype=torch.float64, device=layout.device)
+    for bucket, parts in _parts_by_kind(layout, by_group).items():
+        for (_, dtype), alike in parts.items():
+            wide = torch.float32 if dtype in HALF_DTYPES else None  # None: their own
+            norms = torch.stack(torch._foreach_norm(alike, 2.0, dtype=wide))
+            sums[bucket] += norms.double().square().sum().to(sums.device)
+    waits = [
+        start_sum(bucket.groups, sums[index : index + 1])
+        for index, bucket in enumerate(layout.buckets)
+    ]
+    for wait in waits:
+        wait()
+    return sums.sum().sqrt()
+
+
+def clipping_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """``min(1, max_norm / (norm + 1e-6))``, as torch.nn.utils.clip_grad_norm_ has it."""
+    if not max_norm > 0:
+        raise ConfigError(f"{max_norm=}: must be above 0")
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _parts_by_kind(
+    layout: Layout, by_group: Sequence[tuple[dict[str, Any], list[Member]]]
+) -> dict[int, dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]]:
+    """Gradients by bucket, device and dtype, cut to segments: padding is not part of a norm."""
+    found: dict[int, dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]] = {}
+    for _, members in by_group:
+        for member in members:
+            for segment in layout.segments[member.index]:
+                bucket = found.setdefault(layout.bucket_of[segment.whole_index], {})
+                part = segment.of(member.grad)
+                if part.numel():
+                    bucket.setdefault((part.device, part.dtype), []).append(part)
+    return found

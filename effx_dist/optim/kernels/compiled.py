@@ -1,0 +1,122 @@
+"""The step in C++ for the CPU (cautious.cpp): vectorised, on all of torch's threads, in one call per
+walk. It gives the bits of the eager form.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from effx_dist.core.update_rules import AdamW, UpdateRule
+from effx_dist.optim.kernels.eager import EagerWalks
+from effx_dist.optim.kernels.library import library
+from effx_dist.optim.kernels.walks import Item, Walks, working_dtype
+
+_RULES = {"adamw": 0, "lion": 1, "sgd": 2, "nesterov": 3}
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class CompiledWalks(Walks):
+    """All items in one call: hundreds of small tensors cost no more than one large one."""
+
+    def __init__(self, rule: UpdateRule, items: Sequence[Item], rows: torch.Tensor) -> None:
+        loaded = library()
+        assert loaded is not None, "whoever chooses this form has looked"
+        self._library = loaded
+        self._rule = _RULES[rule.name]
+        self._rows = rows.contiguous()
+        self._grads = [_readable_grad(item) for item in items]  # kept alive with their addresses
+        self._items = items
+        described = [_describe(item, grad) for item, grad in zip(items, self._grads, strict=True)]
+        self._table = np.array(described, dtype=np.int64)
+
+    def count_into(self, counts: torch.Tensor) -> None:
+        self._call(self._library.effx_cautious_count, counts)
+
+    def update(self, scales: torch.Tensor, skip: torch.Tensor | None) -> None:
+        if skip is not None and bool(skip):
+            return
+        self._call(self._library.effx_cautious_update, scales.contiguous())
+        written = [part for item in self._items for part in (item.param, *item.moments)]
+        torch.autograd.graph.increment_version(written)  # autograd does not see the library write
+
+    def _call(self, function: Any, per_slot: torch.Tensor) -> None:
+        function(
+            ctypes.c_int64(self._rule),
+            ctypes.c_void_p(self._table.ctypes.data),
+            ctypes.c_int64(len(self._table)),
+            ctypes.c_void_p(self._rows.data_ptr()),
+            ctypes.c_void_p(per_slot.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+
+
+def _readable_grad(item: Item) -> torch.Tensor:
+    """The gradient in a dtype that the kernel takes: float64 with a float64 parameter and only then."""
+    working = working_dtype(item.param)
+    is_readable = (item.grad.dtype == torch.float64) == (working == torch.float64)
+    return item.grad if is_readable else item.grad.to(working)
+
+
+def _describe(item: Item, grad: torch.Tensor) -> list[int]:
+    """A row of the table, as struct Piece of cautious.cpp has it."""
+    first, second = item.moments[0], item.moments[-1]
+    return [
+        item.param.data_ptr(),
+        grad.data_ptr(),
+        first.data_ptr(),
+        second.data_ptr(),
+        item.param.numel(),
+        item.row,
+        item.slot,
+        _TYPES[item.param.dtype],
+        _TYPES[grad.dtype],
+        item.decays_cautiously,
+    ]
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether the library is there and gives what the eager form does, bit for bit.
+
+    Compilers have been known to relax floating point unasked; a wrong step is worse than a slow one.
+    """
+    if library() is None:
+        return False
+    if all(_agrees_with_eager(dtype) for dtype in _TYPES):
+        return True
+    warnings.warn(
+        "the compiled cautious step does not give the bits of the eager one on this machine (a "
+        "compiler that relaxes floating-point arithmetic?); the eager one is used: right, but slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def _agrees_with_eager(dtype: torch.dtype) -> bool:
+    """One AdamW step of a few elements by both forms, with a vector's body and its tail."""
+    rule = AdamW()
+    settings = {"betas": (0.9, 0.999), "eps": 1e-8}
+    row = [1e-2, 0.999, 1.0, *rule.coefficients(settings, 3.0)]
+    rows = torch.tensor([row], dtype=torch.float64)
+    # An irrational stride scatters values and signs; no random state is touched.
+    spread = torch.arange(1, 4 * 71 + 1, dtype=torch.float64).mul(2**0.5).frac().sub(0.5)
+    param, grad, first, second = spread.chunk(4)
+    results = []
+    for form in (CompiledWalks, EagerWalks):
+        state = (first.clone(), second.square())
+        moments = tuple(moment.to(working_dtype(param.to(dtype))) for moment in state)
+        item = Item(param.to(dtype), grad.to(dtype), moments, 0, 0, decays_cautiously=True)
+        walks: Walks = form(rule, [item], rows)
+        counts = torch.zeros(1, dtype=torch.int64)
+        walks.count_into(counts)
+        walks.update(torch.full((1,), 1.5, dtype=torch.float64), None)
+        results.append((counts, item.param, *moments))
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

@@ -1,0 +1,176 @@
+"""What one step walks over: the parameters that have a gradient, cut to items and sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from effx_dist.core.update_rules import UpdateRule
+from effx_dist.optim.kernels import EagerWalks, Implementation, Item, Walks, walks_class
+from effx_dist.optim.layout import Layout
+from effx_dist.optim.rows import Rows
+from effx_dist.optim.state import start_state
+from effx_dist.shard import local_of
+
+Group = dict[str, Any]
+RuleOf = Callable[[Mapping[str, Any]], UpdateRule]
+_BatchKey = tuple[int, torch.device, str, bool]
+
+
+@dataclass(slots=True)
+class Member:
+    """A parameter with a gradient."""
+
+    param: torch.Tensor
+    index: int
+    """Place in the layout."""
+    grad: torch.Tensor
+    """Local, checked."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """The walks of one step by bucket, and the counters of steps that it advances.
+
+    Attributes:
+        host_steps: counters on the host, device_steps: those of capturable groups.
+        idle: indices of the wholes that have no gradient on this rank.
+    """
+
+    walks: list[list[tuple[torch.device, Walks]]]
+    host_steps: list[torch.Tensor] = field(default_factory=list)
+    device_steps: list[torch.Tensor] = field(default_factory=list)
+    idle: frozenset[int] = frozenset()
+
+    def advance_steps(self, skip: torch.Tensor | None) -> None:
+        """Count the step, unless ``skip`` (0-d) is given and not zero: on the host only if a counter
+        there asks for it.
+        """
+        if self.device_steps:
+            torch._foreach_add_(self.device_steps, 1.0)
+            if skip is not None:
+                skipped = skip.to(dtype=torch.float32)
+                torch._foreach_sub_(self.device_steps, [skipped] * len(self.device_steps))
+        if self.host_steps and not (skip is not None and bool(skip)):
+            torch._foreach_add_(self.host_steps, 1.0)
+
+
+def members_by_group(
+    layout: Layout, groups: Sequence[Group]
+) -> tuple[list[tuple[Group, list[Member]]], frozenset[int]]:
+    """Parameters that have a gradient by group, and the wholes (by index) that have none here.
+
+    All gradients are checked before the caller changes anything.
+    """
+    found: list[tuple[Group, list[Member]]] = []
+    idle: set[int] = set()
+    index = 0
+    seen: set[torch.Tensor] = set()
+    for group in groups:
+        members: list[Member] = []
+        for param in group["params"]:
+            if param in seen:  # tied: one parameter, listed twice
+                continue
+            seen.add(param)
+            grad = layout.local_grad(index)
+            if grad is None:
+                idle.update(segment.whole_index for segment in layout.segments[index])
+            else:
+                members.append(Member(param, index, grad))
+            index += 1
+        found.append((group, members))
+    return found, frozenset(idle)
+
+
+def plan_step(
+    layout: Layout,
+    groups: Sequence[Group],
+    states: Mapping[torch.Tensor, dict[str, Any]],
+    rule_of: RuleOf,
+    implementation: Implementation,
+    grad_factor: torch.Tensor | None,
+) -> StepPlan:
+    """Check gradients, make states, compute coefficients, sort items. No communication is
+    performed.
+    """
+    by_group, idle = members_by_group(layout, groups)
+    plan = StepPlan(walks=[[] for _ in layout.buckets], idle=idle)
+    rows = Rows()
+    batches: dict[_BatchKey, tuple[UpdateRule, list[Item]]] = {}
+    for group, members in by_group:
+        if not members:
+            continue
+        rule = rule_of(group)
+        for member in members:
+            start_state(states[member.param], rule, member.param, group["capturable"])
+        row_of = _add_rows(plan, rows, rule, group, [states[member.param] for member in members])
+        for member, row in zip(members, row_of, strict=True):
+            for key, item in _items(layout, member, states[member.param], rule, group, row):
+                batches.setdefault(key, (rule, []))[1].append(item)
+    on_device: dict[torch.device, torch.Tensor] = {}
+    for (bucket, device, _, lies_flat), (rule, items) in batches.items():
+        if device not in on_device:
+            on_device[device] = rows.on(device, grad_factor)
+        chosen = walks_class(implementation, device) if lies_flat else EagerWalks
+        plan.walks[bucket].append((device, chosen(rule, items, on_device[device])))
+    return plan
+
+
+def _add_rows(
+    plan: StepPlan, rows: Rows, rule: UpdateRule, group: Group, states: Sequence[dict[str, Any]]
+) -> list[int]:
+    """The row of each state's parameter; its counter is noted for the end of the step."""
+    settings = _settings(group)
+    if not rule.counts_steps:
+        return rows.add(rule, settings, [1.0] * len(states))
+    counters: list[torch.Tensor] = [state["step"] for state in states]
+    if group["capturable"]:
+        plan.device_steps += counters
+        return rows.add_on_device(rule, settings, torch.stack(counters) + 1)
+    plan.host_steps += counters
+    return rows.add(rule, settings, [float(counter) + 1 for counter in counters])
+
+
+def _settings(group: Group) -> Group:
+    """A group's settings as numbers, but for a learning rate that lies on a device."""
+    names = ("weight_decay", "eps", "momentum")
+    settings = {**group, **{name: float(group[name]) for name in names if name in group}}
+    if "betas" in group:
+        settings["betas"] = tuple(float(beta) for beta in group["betas"])
+    return settings
+
+
+def _items(
+    layout: Layout,
+    member: Member,
+    state: Mapping[str, Any],
+    rule: UpdateRule,
+    group: Group,
+    row: int,
+) -> list[tuple[_BatchKey, Item]]:
+    """The segments of a parameter that have elements, each with the batch that it belongs to.
+
+    They are cut anew in every step: tensors that stay referred to from here could not be freed by
+    those who move an optimiser's state to the host in between.
+    """
+    param = local_of(member.param)
+    if not param.numel():
+        return []
+    moments = [local_of(state[name]) for name in rule.moment_names]
+    decays_cautiously = bool(group["cautious_weight_decay"])
+    found = []
+    for segment in layout.segments[member.index]:
+        item = Item(
+            param=segment.of(param),
+            grad=segment.of(member.grad),
+            moments=tuple([segment.of(moment) for moment in moments]),
+            row=row,
+            slot=layout.slots[segment.whole_index],
+            decays_cautiously=decays_cautiously,
+        )
+        bucket = layout.bucket_of[segment.whole_index]
+        found.append(((bucket, param.device, rule.name, item.lies_flat), item))
+    return found
