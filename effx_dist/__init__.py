@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from effx_dist.checkpoint import Checkpointer
     from effx_dist.config import EffxConfig
     from effx_dist.data import InfoBatchSampler, ProgressLR, sequence_losses, with_sample_ids
-    from effx_dist.optim import CautiousAdamW, CautiousLion
+    from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD, cautious
 
 # The one place that states the version: pyproject.toml reads it from here.
 __version__ = "0.1.0"
@@ -24,10 +24,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CautiousAdamW",
     "CautiousLion",
+    "CautiousSGD",
     "Checkpointer",
     "EffxConfig",
     "InfoBatchSampler",
     "ProgressLR",
+    "cautious",
     "checkpoint",
     "fsdp2",
     "sequence_losses",
@@ -37,10 +39,12 @@ __all__ = [
 _HOMES = {
     "CautiousAdamW": "effx_dist.optim",
     "CautiousLion": "effx_dist.optim",
+    "CautiousSGD": "effx_dist.optim",
     "Checkpointer": "effx_dist.checkpoint",
     "EffxConfig": "effx_dist.config",
     "InfoBatchSampler": "effx_dist.data",
     "ProgressLR": "effx_dist.data",
+    "cautious": "effx_dist.optim",
     "sequence_losses": "effx_dist.data",
     "with_sample_ids": "effx_dist.data",
 }

@@ -60,3 +60,13 @@ def lion(state: State, grad: Array, settings: Settings) -> None:
     state.step += 1
     _masked_step(state, np.sign(beta1 * state.m + (1 - beta1) * g), g, settings)
     state.m = beta2 * state.m + (1 - beta2) * g
+
+
+def sgd(
+    state: State, grad: Array, settings: Settings, momentum: float, nesterov: bool = False
+) -> None:
+    """SGD with heavy-ball or Nesterov momentum (arXiv 2411.16085, the general form), decay decoupled."""
+    g = -grad if settings.maximize else grad
+    state.step += 1
+    state.m = momentum * state.m + g
+    _masked_step(state, g + momentum * state.m if nesterov else state.m, g, settings)

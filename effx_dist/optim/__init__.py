@@ -2,5 +2,7 @@
 
 from effx_dist.optim.adamw import CautiousAdamW
 from effx_dist.optim.lion import CautiousLion
+from effx_dist.optim.sgd import CautiousSGD
+from effx_dist.optim.wrap import CautiousWrapper, cautious
 
-__all__ = ["CautiousAdamW", "CautiousLion"]
+__all__ = ["CautiousAdamW", "CautiousLion", "CautiousSGD", "CautiousWrapper", "cautious"]

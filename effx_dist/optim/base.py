@@ -12,13 +12,13 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from effx_dist.core import cautious
 from effx_dist.core.update_rules import UpdateRule
-from effx_dist.errors import ConfigError, LayoutMismatchError
+from effx_dist.errors import ConfigError
 from effx_dist.optim.clip import clipping_factor, total_norm
 from effx_dist.optim.kernels import IMPLEMENTATIONS, Implementation, Walks
-from effx_dist.optim.layout import DTYPES, Layout, ShardMapSource, draw_layout
+from effx_dist.optim.layout import Layout, ShardMapSource
+from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
 from effx_dist.optim.plan import StepPlan, members_by_group, plan_step
 from effx_dist.optim.state import settle_state
-from effx_dist.shard import ShardMap, start_sum
 
 
 class CautiousOptimizer(Optimizer):
@@ -50,8 +50,7 @@ class CautiousOptimizer(Optimizer):
                 f"{implementation=}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}"
             )
         self.implementation: Implementation = implementation
-        self._shard_map = shard_map
-        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._layouts = Layouts(shard_map)
         self._clipping: torch.Tensor | None = None
         super().__init__(params, defaults)
 
@@ -67,12 +66,11 @@ class CautiousOptimizer(Optimizer):
         entry per parameter, or to a function that draws one from the list of parameters, called
         each time that the list changes.
         """
-        return self._shard_map
+        return self._layouts.source
 
     @shard_map.setter
     def shard_map(self, source: ShardMapSource | None) -> None:
-        self._shard_map = source
-        self._layouts = {}
+        self._layouts.source = source
 
     @property
     def alignment(self) -> dict[str | int, float]:
@@ -82,10 +80,7 @@ class CautiousOptimizer(Optimizer):
         Parameters that have not been stepped are left out. Reading it copies the counts, which the
         step has left where they were, to the host; no communication is performed.
         """
-        found: dict[str | int, float] = {}
-        for layout in self._layouts.values():
-            found |= layout.alignment()
-        return found
+        return self._layouts.alignment()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, and checks settings and dtypes. No communication is performed."""
@@ -95,7 +90,7 @@ class CautiousOptimizer(Optimizer):
         except ConfigError:
             self.param_groups.pop()
             raise
-        self._layouts = {}
+        self._layouts.forget()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients to a total 2-norm of ``max_norm`` within the next ``step()``.
@@ -109,7 +104,7 @@ class CautiousOptimizer(Optimizer):
         Returns the norm before clipping: float64, 0-d, on the parameters' device, which is not
         waited for. One all-reduce of 8 bytes per set of groups. Every rank calls it.
         """
-        layout = self._current_layout()
+        layout = self._layouts.current(self.param_groups)
         norm = total_norm(layout, members_by_group(layout, self.param_groups)[0])
         self._clipping = clipping_factor(norm, max_norm)
         return norm
@@ -136,7 +131,7 @@ class CautiousOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layout = self._current_layout()
+        layout = self._layouts.current(self.param_groups)
         factor = self._take_grad_factor()
         plan = plan_step(
             layout, self.param_groups, self.state, self._rule, self.implementation, factor
@@ -152,18 +147,14 @@ class CautiousOptimizer(Optimizer):
     def _count(self, layout: Layout, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """First walks and their all-reduces: the whole counts by slot, and whether to skip."""
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
-        counts = torch.zeros(layout.num_slots, dtype=torch.int64, device=layout.device)
-        waits = []
-        for bucket, walks in zip(layout.buckets, plan.walks, strict=True):
-            for device, walk in walks:
-                _count_into(counts, walk, device)
-            stop = bucket.stop
+
+        def count_into(index: int, counts: torch.Tensor) -> None:
+            for device, walks in plan.walks[index]:
+                _count_into(counts, walks, device)
             if found_inf is not None:
-                counts[bucket.stop] = found_inf != 0
-                stop += 1
-            waits.append(start_sum(bucket.groups, counts[bucket.start : stop]))
-        for wait in waits:
-            wait()
+                counts[layout.buckets[index].stop] = found_inf != 0
+
+        counts = count_wholes(layout, count_into, with_flags=found_inf is not None)
         if found_inf is None or not layout.buckets:
             return counts, found_inf
         return counts, torch.stack([counts[bucket.stop] for bucket in layout.buckets]).any()
@@ -177,13 +168,6 @@ class CautiousOptimizer(Optimizer):
         unscaling = grad_scale.double().reciprocal()
         return unscaling if clipping is None else unscaling * clipping.to(unscaling)
 
-    def _current_layout(self) -> Layout:
-        key = tuple(id(param) for group in self.param_groups for param in group["params"])
-        if key not in self._layouts:
-            # A layout keeps its parameters alive, so that no id is used again.
-            self._layouts[key] = draw_layout(self.param_groups, self._shard_map)
-        return self._layouts[key]
-
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay", "eps"):
             if name in group and not float(group[name]) >= 0:
@@ -191,15 +175,7 @@ class CautiousOptimizer(Optimizer):
         betas = tuple(group.get("betas", ()))
         if "betas" in group and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
             raise ConfigError(f"{betas=}: must be two numbers in [0, 1)")
-        for index, param in enumerate(group["params"]):
-            if param.dtype not in DTYPES:
-                name = (
-                    group["param_names"][index] if "param_names" in group else f"parameter {index}"
-                )
-                raise ConfigError(
-                    f"{name}: dtype {param.dtype} must be one of {', '.join(map(str, DTYPES))}; "
-                    "view a complex parameter as real, leave an integer one out"
-                )
+        check_dtypes(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As in torch, but the moments of 16-bit parameters stay in float32.
@@ -230,21 +206,12 @@ class CautiousOptimizer(Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {
-            "implementation": self.implementation,
-            "has_shard_map": self._shard_map is not None,
-        }
+        own = {"implementation": self.implementation, "_layouts": self._layouts}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle, deepcopy and, with the state and the groups alone, load_state_dict."""
-        own = dict(state)
-        has_shard_map = own.pop("has_shard_map", None)
-        super().__setstate__(own)
-        if has_shard_map is not None:
-            self._shard_map = _lost_shard_map if has_shard_map else None
-            self._layouts = {}
-            self._clipping = None
+        super().__setstate__({"_clipping": None, **state})
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -257,14 +224,3 @@ def _count_into(counts: torch.Tensor, walks: Walks, device: torch.device) -> Non
     here = torch.zeros_like(counts, device=device)
     walks.count_into(here)
     counts += here.to(counts.device)
-
-
-def _lost_shard_map(params: object) -> ShardMap:
-    """Stands in for a shard map after a copy.
-
-    Stepping without one would silently scale by the mean of a local piece.
-    """
-    raise LayoutMismatchError(
-        "this optimiser is a copy of one that was given a shard map, which refers to process "
-        "groups and is not copied; set opt.shard_map before the first step"
-    )

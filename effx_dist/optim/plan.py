@@ -159,18 +159,16 @@ def _items(
     param = local_of(member.param)
     if not param.numel():
         return []
-    moments = [local_of(state[name]) for name in rule.moment_names]
+    moments = tuple([local_of(state[name]) for name in rule.moment_names])
     decays_cautiously = bool(group["cautious_weight_decay"])
     found = []
     for segment in layout.segments[member.index]:
-        item = Item(
-            param=segment.of(param),
-            grad=segment.of(member.grad),
-            moments=tuple([segment.of(moment) for moment in moments]),
-            row=row,
-            slot=layout.slots[segment.whole_index],
-            decays_cautiously=decays_cautiously,
-        )
-        bucket = layout.bucket_of[segment.whole_index]
+        slot, bucket = layout.slots[segment.whole_index], layout.bucket_of[segment.whole_index]
+        if segment.start is None:
+            item = Item(param, member.grad, moments, row, slot, decays_cautiously)
+        else:
+            cut = tuple([segment.of(moment) for moment in moments])
+            grad = segment.of(member.grad)
+            item = Item(segment.of(param), grad, cut, row, slot, decays_cautiously)
         found.append(((bucket, param.device, rule.name, item.lies_flat), item))
     return found

@@ -39,7 +39,9 @@ class Rows:
         self, rule: UpdateRule, settings: Mapping[str, Any], steps: torch.Tensor
     ) -> list[int]:
         """As :meth:`add`, with the steps (1-D) on a device, which is not waited for."""
-        lr = torch.as_tensor(settings["lr"], dtype=torch.float64, device=steps.device).reshape(())
+        lr = settings["lr"]
+        if isinstance(lr, torch.Tensor):
+            lr = to_device(lr, steps.device).double().reshape(())
         first = self._num_rows
         self._append(_vectors(rule, settings, lr, steps.double()))
         return list(range(first, self._num_rows))
@@ -73,7 +75,7 @@ def _row(rule: UpdateRule, settings: Mapping[str, Any], lr: Scalar, step: Scalar
 
 
 def _vectors(
-    rule: UpdateRule, settings: Mapping[str, Any], lr: torch.Tensor, steps: torch.Tensor
+    rule: UpdateRule, settings: Mapping[str, Any], lr: Scalar, steps: torch.Tensor
 ) -> torch.Tensor:
     columns = []
     for value in _row(rule, settings, lr, steps):

@@ -1,0 +1,105 @@
+"""What cautious optimisers keep of their layouts, and how they sum counts over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from effx_dist.errors import ConfigError, LayoutMismatchError
+from effx_dist.optim.layout import DTYPES, Layout, ShardMapSource, draw_layout
+from effx_dist.shard import ShardMap, start_sum
+
+
+class Layouts:
+    """The layouts of one optimiser, one for each list of parameters that it was stepped with.
+
+    A copy, by pickle or deepcopy, starts without any. It refuses to draw one if the original had a
+    shard map: that refers to process groups, and is not copied.
+    """
+
+    def __init__(self, source: ShardMapSource | None) -> None:
+        self._source = source
+        self._drawn: dict[tuple[int, ...], Layout] = {}
+
+    @property
+    def source(self) -> ShardMapSource | None:
+        """Where this rank's pieces lie; None if drawn from the parameters. Setting it forgets."""
+        return self._source
+
+    @source.setter
+    def source(self, source: ShardMapSource | None) -> None:
+        self._source = source
+        self.forget()
+
+    def forget(self) -> None:
+        """Called where parameters were added."""
+        self._drawn = {}
+
+    def current(self, groups: Sequence[dict[str, Any]]) -> Layout:
+        """The layout of the parameters in ``groups``, as draw_layout draws it, kept. No
+        communication is performed.
+        """
+        key = tuple(id(param) for group in groups for param in group["params"])
+        if key not in self._drawn:
+            # A layout keeps its parameters alive, so that no id is used again.
+            self._drawn[key] = draw_layout(groups, self._source)
+        return self._drawn[key]
+
+    def alignment(self) -> dict[str | int, float]:
+        """As Layout.alignment, of all of them."""
+        found: dict[str | int, float] = {}
+        for layout in self._drawn.values():
+            found |= layout.alignment()
+        return found
+
+    def __getstate__(self) -> dict[str, bool]:
+        return {"has_source": self._source is not None}
+
+    def __setstate__(self, state: Mapping[str, bool]) -> None:
+        self.__init__(_lost_shard_map if state["has_source"] else None)  # type: ignore[misc]
+
+
+def count_wholes(
+    layout: Layout, count_into: Callable[[int, torch.Tensor], None], with_flags: bool = False
+) -> torch.Tensor:
+    """Agreeing elements of the whole parameters by slot: int64 [num slots], on the layout's device.
+
+    ``count_into(bucket, counts)`` adds this rank's, bucket after bucket; each bucket's all-reduce is
+    under way while the next is counted. One all-reduce per bucket that is spread over ranks.
+
+    Args:
+        with_flags: sum the slots behind the buckets too, which ``count_into`` has set.
+    """
+    counts = torch.zeros(layout.num_slots, dtype=torch.int64, device=layout.device)
+    waits = []
+    for index, bucket in enumerate(layout.buckets):
+        count_into(index, counts)
+        stop = bucket.stop + 1 if with_flags else bucket.stop
+        waits.append(start_sum(bucket.groups, counts[bucket.start : stop]))
+    for wait in waits:
+        wait()
+    return counts
+
+
+def check_dtypes(group: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a parameter of ``group`` that no cautious step can be taken on."""
+    for index, param in enumerate(group["params"]):
+        if param.dtype not in DTYPES:
+            name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
+            raise ConfigError(
+                f"{name}: dtype {param.dtype} must be one of {', '.join(map(str, DTYPES))}; "
+                "view a complex parameter as real, leave an integer one out"
+            )
+
+
+def _lost_shard_map(params: object) -> ShardMap:
+    """Stands in for a shard map after a copy.
+
+    Stepping without one would silently scale by the mean of a local piece.
+    """
+    raise LayoutMismatchError(
+        "this optimiser is a copy of one that was given a shard map, which refers to process "
+        "groups and is not copied; set opt.shard_map before the first step"
+    )

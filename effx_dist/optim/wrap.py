@@ -1,0 +1,376 @@
+"""Any other optimiser made cautious, from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch.optim.optimizer import Optimizer, StateDict
+
+from effx_dist.core.cautious import (
+    cautious_step_,
+    count_agreement,
+    decay_,
+    scale_from_count,
+    signs_agree,
+)
+from effx_dist.core.update_rules import Scalar
+from effx_dist.errors import ConfigError
+from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.kernels import working_dtype
+from effx_dist.optim.layout import Layout, Segment, ShardMapSource
+from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
+from effx_dist.optim.plan import Group, Member, members_by_group
+from effx_dist.shard import local_of
+
+_ALWAYS_DECOUPLED = tuple(
+    getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
+)
+"""Optimisers of torch that decouple the decay without a flag in the group that says so."""
+
+
+def cautious(
+    optimizer: Optimizer,
+    *,
+    decoupled_weight_decay: bool | None = None,
+    shard_map: ShardMapSource | None = None,
+) -> CautiousWrapper:
+    """Make any torch optimiser cautious (arXiv 2411.16085), at the price of a copy of the parameters.
+
+    CautiousAdamW, CautiousLion and CautiousSGD do without the copy and are faster; this is for all
+    other update rules::
+
+        optimizer = effx_dist.cautious(torch.optim.NAdam(model.parameters(), lr=1e-3))
+
+    Use the result in place of ``optimizer``; see :class:`CautiousWrapper`.
+
+    Args:
+        optimizer: steps by the gradients in ``.grad``. Wrap it before giving it to a learning rate
+            scheduler or a GradScaler.
+        decoupled_weight_decay: whether ``weight_decay`` is decoupled, and so must not be masked,
+            rather than a part of the gradient. None: as the parameter group's
+            ``decoupled_weight_decay`` says (torch's Adam, AdamW, NAdam and RAdam have it); as is
+            known of torch's Adafactor and Muon, which decouple it; not decoupled otherwise. Say True
+            for an optimiser from elsewhere that decouples it, as Lion does.
+        shard_map: as in CautiousAdamW: where this rank's pieces lie, for engines that hand over flat
+            local tensors.
+
+    Raises:
+        ConfigError: ``optimizer`` is no torch optimiser, is cautious already, is LBFGS, or has a
+            parameter that is not of a floating dtype.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__}: must be a torch.optim.Optimizer; "
+            "wrap the optimiser itself, not what an engine has made of it"
+        )
+    if isinstance(optimizer, CautiousOptimizer | CautiousWrapper):
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__}: is cautious already; use it as it is"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "optimizer=LBFGS: its step evaluates several gradients, so that there is no one "
+            "gradient to agree with; must be an optimiser that takes one gradient a step"
+        )
+    return CautiousWrapper(optimizer, decoupled_weight_decay, shard_map)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """One parameter before the inner step, and its gradient."""
+
+    member: Member
+    local: torch.Tensor
+    """The parameter itself on this rank, moved by the inner step."""
+    before: torch.Tensor
+    decay: Scalar | None
+    """Factor of decoupled weight decay."""
+    ascends: bool
+
+    def update(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a segment, in the dtype of the arithmetic: the decayed parameter in a tensor that may be
+        ``before``, what the inner step subtracted from it, and the gradient to descend.
+        """
+        old, new, grad = (
+            segment.of(whole) for whole in (self.before, self.local, self.member.grad)
+        )
+        if self.decay is not None:
+            old = old * self.decay  # the operation that decayed the parameter: the same bits
+        dtype = working_dtype(new)
+        old, grad = old.to(dtype), grad.to(dtype)
+        return old, old - new.to(dtype), -grad if self.ascends else grad
+
+
+class CautiousWrapper(Optimizer):
+    """An optimiser whose steps are masked from outside; made by :func:`cautious`.
+
+    ``step()`` lets the inner optimiser step, takes the difference as its update u (learning rate
+    included), and keeps of it what agrees with the gradient g, over the n elements of a whole
+    parameter::
+
+        p     = p * (1 - lr * weight_decay)          if that is decoupled
+        u     = p - (p after the inner step)
+        mask  = 1[u * g > 0]
+        scale = 1 / max(sum(mask) / n, 1e-3)
+        p     = p - scale * mask * u
+
+    The inner optimiser's state advances as if it were alone. Decay that is not decoupled is part of
+    u, and masked with it. ``step()`` performs one all-reduce of 8 bytes per whole parameter per set
+    of groups, as CautiousOptimizer does, so that the mask's mean is that of whole parameters however
+    they are cut. Where the inner optimiser works element by element, n ranks do what one process
+    does as far as the inner optimiser itself does. torch's fused kernels on the CPU do not to the
+    last bit: they round the last elements of a local tensor unlike the others.
+
+    Memory: one copy of this rank's parameters during the step, nothing between steps.
+
+    Rounding: u is a difference of rounded parameters, so that an element that moves by less than half
+    an ulp has not moved and does not agree. The arithmetic here is in float32 for 16-bit parameters,
+    whose ulps are large: bfloat16 parameters hardly move at usual learning rates, masked or not. Keep
+    float32 parameters beside them.
+
+    Optimisers that look at a whole matrix (torch.optim.Muon, Adafactor) may be wrapped where they see
+    it: on one device, under DDP, or as DTensors as far as they support them; flat pieces mean nothing
+    to them. The mask then follows Muon's orthogonalisation. Masking inside, before it, is pointless:
+    Newton-Schulz mixes the elements and undoes the mask.
+
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are those of the inner optimiser: a
+    checkpoint can be loaded into the bare one and back. While it steps, a decoupled ``weight_decay``
+    reads 0 in its groups.
+
+    A GradScaler unscales the gradients before the step and skips it on overflow; ranks that share
+    parameters must agree on that, as they do with DTensors and with FSDP1's ShardedGradScaler.
+
+    Attributes:
+        optimizer: the inner optimiser.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        decoupled_weight_decay: bool | None,
+        shard_map: ShardMapSource | None,
+    ) -> None:
+        for group in optimizer.param_groups:
+            check_dtypes(group)
+        # Not Optimizer.__init__, which would make groups and a state of its own.
+        self.__setstate__(
+            {
+                "optimizer": optimizer,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "_layouts": Layouts(shard_map),
+            }
+        )
+
+    optimizer: Optimizer
+    decoupled_weight_decay: bool | None
+    _layouts: Layouts
+
+    # Looked up at each use, since load_state_dict replaces them.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimiser's."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The inner optimiser's."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimiser's."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    @property
+    def shard_map(self) -> ShardMapSource | None:
+        """As in CautiousOptimizer."""
+        return self._layouts.source
+
+    @shard_map.setter
+    def shard_map(self, source: ShardMapSource | None) -> None:
+        self._layouts.source = source
+
+    @property
+    def alignment(self) -> dict[str | int, float]:
+        """As in CautiousOptimizer: the fraction that agreed in sign at the last step, by parameter."""
+        return self._layouts.alignment()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step. Every rank calls it. Returns the closure's loss, if there is a closure.
+
+        The closure runs once, before the inner step, which is not given it. A parameter without a
+        gradient on this rank is left to the inner optimiser. Padding of a shard map stays as the
+        inner optimiser leaves it.
+
+        If the inner step or a collective fails, the parameters are put back to what they were; the
+        inner optimiser's state may have advanced.
+
+        Raises:
+            ConfigError: the inner optimiser changes the gradients, which are read after its step.
+            LayoutMismatchError: as in CautiousOptimizer. On this rank nothing was changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layout = self._layouts.current(self.param_groups)
+        by_group, idle = members_by_group(layout, self.param_groups)
+        moves = [move for group, members in by_group for move in self._moves(group, members)]
+        try:
+            self._inner_step(moves)
+            items = _by_bucket(layout, moves)
+            counts = count_wholes(
+                layout, lambda index, counts: _count(layout, items[index], counts)
+            )
+        except BaseException:
+            for move in moves:
+                move.local.copy_(move.before)
+            raise
+        scales = scale_from_count(counts, layout.numels(counts.device))
+        for move, segment in (item for bucket in items for item in bucket):
+            _mask(move, segment, scales[layout.slots[segment.whole_index]])
+        layout.last_counts, layout.idle = counts, idle
+        return loss
+
+    def _moves(self, group: Group, members: Sequence[Member]) -> list[_Move]:
+        decay, ascends = self._decay_factor(group), bool(group.get("maximize", False))
+        locals_ = [local_of(member.param) for member in members]
+        return [
+            _Move(member, local, local.clone(), decay, ascends)
+            for member, local in zip(members, locals_, strict=True)
+        ]
+
+    def _inner_step(self, moves: Sequence[_Move]) -> None:
+        """Decay, and let the inner optimiser step from there."""
+        versions = [move.member.grad._version for move in moves]
+        for move in moves:
+            if move.decay is not None:
+                decay_(move.local, move.decay)
+        with _without_decay([g for g in self.param_groups if self._is_decoupled(g)]):
+            self.optimizer.step()
+        for move, version in zip(moves, versions, strict=True):
+            if move.member.grad._version != version:
+                raise ConfigError(
+                    f"optimizer={type(self.optimizer).__name__}: must leave .grad as it is, to be "
+                    "compared with the update; it has changed a gradient in place; let it work on a copy"
+                )
+
+    def _is_decoupled(self, group: Mapping[str, Any]) -> bool:
+        if not group.get("weight_decay"):
+            return False
+        if self.decoupled_weight_decay is not None:
+            return self.decoupled_weight_decay
+        if isinstance(self.optimizer, _ALWAYS_DECOUPLED):
+            return True
+        return bool(group.get("decoupled_weight_decay", False))
+
+    def _decay_factor(self, group: Group) -> Scalar | None:
+        if not self._is_decoupled(group):
+            return None
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor):
+            lr = lr.reshape(())  # torch takes any 1-element tensor
+        factor: Scalar = 1 - lr * group["weight_decay"]
+        return factor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch, by the inner optimiser."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, and checks dtypes. No communication is performed."""
+        self.optimizer.add_param_group(param_group)
+        try:
+            check_dtypes(self.param_groups[-1])
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+        self._layouts.forget()
+
+    def state_dict(self) -> StateDict:
+        """The inner optimiser's, hooks of both called. No communication is performed."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of the inner optimiser, bare or wrapped, hooks of both called. No
+        communication is performed.
+        """
+        state_dict = state_dict.copy()  # as in torch: a hook may change it
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.optimizer.load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("optimizer", "decoupled_weight_decay", "_layouts")
+        return {name: self.__dict__[name] for name in names}
+
+    def __repr__(self) -> str:
+        return f"cautious({self.optimizer!r})"
+
+
+@contextmanager
+def _without_decay(groups: Sequence[Group]) -> Iterator[None]:
+    """``weight_decay`` is 0 in ``groups``, and as before afterwards."""
+    decays = [group["weight_decay"] for group in groups]
+    try:
+        for group in groups:
+            group["weight_decay"] = 0.0
+        yield
+    finally:
+        for group, decay in zip(groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+
+def _by_bucket(layout: Layout, moves: Sequence[_Move]) -> list[list[tuple[_Move, Segment]]]:
+    """The segments that have elements."""
+    found: list[list[tuple[_Move, Segment]]] = [[] for _ in layout.buckets]
+    for move in moves:
+        for segment in layout.segments[move.member.index]:
+            if segment.of(move.local).numel():
+                found[layout.bucket_of[segment.whole_index]].append((move, segment))
+    return found
+
+
+def _count(layout: Layout, items: Sequence[tuple[_Move, Segment]], counts: torch.Tensor) -> None:
+    for move, segment in items:
+        _, update, grad = move.update(segment)
+        slot = layout.slots[segment.whole_index]
+        counts[slot] += count_agreement(update, grad).to(counts.device)
+
+
+def _mask(move: _Move, segment: Segment, scale: torch.Tensor) -> None:
+    old, update, grad = move.update(segment)
+    cautious_step_(old, update, signs_agree(update, grad), scale.to(old))
+    segment.of(move.local).copy_(old)
