@@ -45,7 +45,7 @@ def clipping_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _norms(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _norms(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Norms of parts of one device and dtype, or of pieces of them: in float32 for 16-bit ones."""
     if parts[0].dtype not in HALF_DTYPES:
         return torch._foreach_norm(parts, 2.0)

@@ -16,7 +16,7 @@ import torch
 from effx_dist.core.update_rules import AdamW, UpdateRule
 from effx_dist.optim.kernels.eager import EagerWalks
 from effx_dist.optim.kernels.library import library
-from effx_dist.optim.kernels.walks import Item, Walks, working_dtype
+from effx_dist.optim.kernels.walks import Item, Walks, readable_grad, working_dtype
 
 _RULES = {"adamw": 0, "lion": 1, "sgd": 2, "nesterov": 3}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -31,7 +31,7 @@ class CompiledWalks(Walks):
         self._library = loaded
         self._rule = _RULES[rule.name]
         self._rows = rows.contiguous()
-        self._grads = [_readable_grad(item) for item in items]  # kept alive with their addresses
+        self._grads = [readable_grad(item) for item in items]  # kept alive with their addresses
         self._items = items
         described = [_describe(item, grad) for item, grad in zip(items, self._grads, strict=True)]
         self._table = np.array(described, dtype=np.int64)
@@ -55,13 +55,6 @@ class CompiledWalks(Walks):
             ctypes.c_void_p(per_slot.data_ptr()),
             ctypes.c_int64(torch.get_num_threads()),
         )
-
-
-def _readable_grad(item: Item) -> torch.Tensor:
-    """The gradient in a dtype that the kernel takes: float64 with a float64 parameter and only then."""
-    working = working_dtype(item.param)
-    is_readable = (item.grad.dtype == torch.float64) == (working == torch.float64)
-    return item.grad if is_readable else item.grad.to(working)
 
 
 def _describe(item: Item, grad: torch.Tensor) -> list[int]:

@@ -89,6 +89,13 @@ def working_dtype(param: torch.Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def readable_grad(item: Item) -> torch.Tensor:
+    """The gradient in a dtype that kernels take: float64 with a float64 parameter and only then."""
+    working = working_dtype(item.param)
+    is_readable = (item.grad.dtype == torch.float64) == (working == torch.float64)
+    return item.grad if is_readable else item.grad.to(working)
+
+
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether its elements fill a range of memory, in any order."""
     expected = 1
