@@ -37,11 +37,12 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from effx_dist.errors import LayoutMismatchError
-from effx_dist.optim import CautiousAdamW, CautiousLion
+from effx_dist.optim import CautiousAdamW
 from effx_dist.optim.base import CautiousOptimizer
-from effx_dist.shard import ShardMap, TorchGroup, WholeTensor
+from effx_dist.shard import ShardMap, WholeTensor
 from tests.conformance import cautious as conformance
 from tests.conformance.cautious import SHAPES, Engine, Scenario, TensorSession
+from tests.optim_runs import backward, check_training, small_model, whole, whole_grads_to
 from tests.ranks import spawn
 
 pytestmark = pytest.mark.ranks
@@ -55,8 +56,8 @@ def fsdp2(mesh: DeviceMesh) -> Engine:
 
     def build(scenario: Scenario, wholes: dict[str, torch.Tensor]) -> TensorSession:
         model = nn.Module()
-        for name, whole in wholes.items():
-            model.register_parameter(name, nn.Parameter(whole.clone()))
+        for name, value in wholes.items():
+            model.register_parameter(name, nn.Parameter(value.clone()))
         fully_shard(model, mesh=mesh)
         params = dict(model.named_parameters())
         assert all(isinstance(param, DTensor) for param in params.values())
@@ -71,51 +72,13 @@ def dtensors(placements_of: Callable[[int], tuple[DeviceMesh, tuple[Placement, .
     def build(scenario: Scenario, wholes: dict[str, torch.Tensor]) -> TensorSession:
         params = {
             name: distribute_tensor(
-                whole.clone(), *placements_of(i), src_data_rank=None
+                value.clone(), *placements_of(i), src_data_rank=None
             ).requires_grad_()
-            for i, (name, whole) in enumerate(wholes.items())
+            for i, (name, value) in enumerate(wholes.items())
         }
         return TensorSession(scenario, params)
 
     return build
-
-
-def small_model(width: int = 5) -> nn.Sequential:
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
-
-
-def backward(model: nn.Module, step: int, ranks_per_sample: int = 1) -> None:
-    """A backward pass on data of this rank's own, or of its tensor-parallel peers' and its own."""
-    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank() // ranks_per_sample)
-    model(torch.randn(4, 6, generator=generator)).square().sum().backward()
-
-
-def whole(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
-
-
-def check_training(
-    shard: Callable[[nn.Module], nn.Module], width: int = 5, ranks_per_sample: int = 1
-) -> None:
-    """Real backward passes; the engine's averaged gradients are also fed to one process."""
-    for optimizer in (CautiousAdamW, CautiousLion):
-        model, twin = shard(small_model(width)), small_model(width)
-        opt, reference = (
-            optimizer(model.parameters(), lr=0.02),
-            optimizer(twin.parameters(), lr=0.02),
-        )
-        for step in range(3):
-            opt.zero_grad()
-            backward(model, step, ranks_per_sample)
-            for param, other in zip(model.parameters(), twin.parameters(), strict=True):
-                other.grad = whole(param.grad)
-            opt.step()
-            reference.step()
-        assert opt.alignment == reference.alignment
-        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
-            assert torch.equal(whole(param), other)
 
 
 def sharded_and_trained(num_steps: int) -> tuple[nn.Module, CautiousOptimizer]:
@@ -172,30 +135,6 @@ def tensor_parallel(mesh: DeviceMesh) -> Callable[[nn.Module], nn.Module]:
     return shard
 
 
-class CountingGroup(TorchGroup):
-    """A process group that counts what goes through it."""
-
-    num_all_reduces = 0
-
-    def all_reduce(self, tensor: torch.Tensor, op: Any = "sum") -> torch.Tensor:
-        self.num_all_reduces += 1
-        assert tensor.dtype == torch.int64
-        return super().all_reduce(tensor, op)
-
-
-def check_one_all_reduce() -> None:
-    model, _ = sharded_and_trained(0)
-    named = list(model.named_parameters())
-    group = CountingGroup(dist.group.WORLD)
-    drawn = ShardMap.of_tensors(named)
-    wholes = [WholeTensor(w.name, w.shape, (group,)) for w in drawn.wholes]
-    opt = CautiousAdamW(model.parameters(), shard_map=ShardMap(wholes, drawn.pieces))
-    train(model, opt, range(3))
-    assert group.num_all_reduces == 3
-    assert all(len(w.groups) == 1 for w in drawn.wholes)
-    assert len(drawn.by_groups) == 1, "so a drawn map does with one all-reduce as well"
-
-
 class LocalMean(CautiousAdamW):
     """Wrong by design: each rank scales by the mean over its own shard."""
 
@@ -233,6 +172,115 @@ def check_refusals(mesh: DeviceMesh) -> None:
         CautiousAdamW([("w", pending)]).step()
 
 
+def check_clipping() -> None:
+    """The norm is that of one process, and the step that after torch's own clipping."""
+    model, twin = small_model().double(), small_model().double()
+    fully_shard(model)
+    by_hand = small_model().double()
+    opts = [CautiousAdamW(m.parameters(), lr=0.02) for m in (model, twin, by_hand)]
+    for step in range(3):
+        opts[0].zero_grad()
+        backward(model, step)
+        for other in (twin, by_hand):
+            whole_grads_to(other, model)
+        max_norm = [1e-3, 0.5, 1e6][step]
+        norm, twin_norm = (opt.clip_grad_norm_(max_norm) for opt in opts[:2])
+        expected = nn.utils.clip_grad_norm_(by_hand.parameters(), max_norm)
+        torch.testing.assert_close(norm, twin_norm, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0.0)
+        for opt in opts:
+            opt.step()
+        grads = [whole(param.grad) for param in model.parameters()]
+        unclipped = [param.grad for param in twin.parameters()]
+        assert all(map(torch.equal, grads, unclipped)), "the gradients themselves stay as they are"
+    for param, *others in zip(*(m.parameters() for m in (model, twin, by_hand)), strict=True):
+        for other in others:
+            torch.testing.assert_close(whole(param), other.detach(), rtol=1e-9, atol=1e-12)
+
+
+def values_of(opt: CautiousOptimizer) -> list[torch.Tensor]:
+    """Parameters and their state, whole."""
+    params = [param for group in opt.param_groups for param in group["params"]]
+    states = [value for state in opt.state.values() for value in state.values()]
+    return [whole(value) for value in (*params, *states)]
+
+
+def check_an_overflow_on_one_rank() -> None:
+    """All ranks skip the step, and go on with the next."""
+    model, opt = sharded_and_trained(1)
+    for found in (1.0, 0.0):
+        before = values_of(opt)
+        backward(model, 1)
+        opt.found_inf = torch.tensor(found if dist.get_rank() == 0 else 0.0)
+        opt.step()
+        is_same = [torch.equal(a, b) for a, b in zip(values_of(opt), before, strict=True)]
+        assert all(is_same) if found else not all(is_same)
+    del opt.found_inf
+    assert {float(state["step"]) for state in opt.state.values()} == {2.0}
+
+
+def check_a_grad_scaler() -> None:
+    """It leaves unscaling to the step. An overflow in one rank's shard is one of all ranks."""
+    model, twin = small_model(), small_model()
+    fully_shard(model)
+    opt, reference = CautiousAdamW(model.parameters()), CautiousAdamW(twin.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+    for step in range(3):
+        opt.zero_grad()
+        seed = 10 * step + dist.get_rank()
+        inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        scaler.scale(model(inputs).square().sum()).backward()
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            other.grad = whole(param.grad) / scaler.get_scale()
+        if step == 1 and dist.get_rank() == 1:
+            grad = model[0].weight.grad
+            assert isinstance(grad, DTensor)
+            grad.to_local()[0] = float("inf")
+        scaler.step(opt)
+        scaler.update()
+        if step != 1:
+            reference.step()
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(whole(param), other)
+    assert scaler.get_scale() == 4.0
+
+
+class Tied(nn.Module):
+    """Two names for one weight, a frozen layer and one that the output does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+        self.frozen, self.unused = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.second(self.frozen(self.first(inputs)).tanh())
+
+
+def check_tied_frozen_unused_and_nan() -> None:
+    model, twin = Tied(), Tied()
+    fully_shard(model)
+    opt, reference = CautiousAdamW(model.named_parameters()), CautiousAdamW(twin.named_parameters())
+    for step in range(3):
+        opt.zero_grad()
+        model(torch.randn(4, 5, generator=torch.Generator().manual_seed(step))).sum().backward()
+        if step == 2 and dist.get_rank() == 1:
+            grad = model.second.bias.grad
+            assert isinstance(grad, DTensor)
+            grad.to_local()[0] = float("nan")
+        whole_grads_to(twin, model)
+        opt.step()
+        reference.step()
+    assert set(opt.alignment) == {"first.weight", "first.bias", "second.bias"}
+    assert opt.alignment == reference.alignment
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(whole(param).nan_to_num(7.0), other.nan_to_num(7.0))
+    assert whole(model.second.bias).isnan().sum() == 1
+
+
 def on_two_ranks() -> None:
     mesh = init_device_mesh("cpu", (2,))
     conformance.check(fsdp2(mesh), shapes=FSDP2_SHAPES)
@@ -240,7 +288,10 @@ def on_two_ranks() -> None:
     check_training(DistributedDataParallel)
     check_state_dict(StateDictOptions())
     check_state_dict(StateDictOptions(full_state_dict=True))
-    check_one_all_reduce()
+    check_clipping()
+    check_an_overflow_on_one_rank()
+    check_a_grad_scaler()
+    check_tied_frozen_unused_and_nan()
     check_a_local_mean_is_noticed(mesh)
     check_refusals(mesh)
 

@@ -170,7 +170,9 @@ def _cautious_step(torch: Any) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         name = walks_class("auto", device).__name__
-    return str(caught[0].message) if caught else f"{device.type}: {name.removesuffix('Walks').lower()}"
+    return (
+        str(caught[0].message) if caught else f"{device.type}: {name.removesuffix('Walks').lower()}"
+    )
 
 
 def _feature(name: str, obstacle: str, note: str = "") -> Part:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from effx_dist.optim import CautiousAdamW, CautiousLion
+from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD
 from effx_dist.optim.base import CautiousOptimizer
 from effx_dist.optim.layout import ShardMapSource
 
@@ -49,9 +49,15 @@ class Scenario:
     """Parameters of a group with settings of its own."""
     second_options: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    second_dtype: torch.dtype | None = None
+    """dtype of the second group, where it is not ``dtype``."""
     without_grad: frozenset[tuple[int, str]] = frozenset()
     """(step, parameter) that gets no gradient, on any rank."""
     num_steps: int = 4
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """dtype of a parameter and of its gradients."""
+        return (name in self.second_group and self.second_dtype) or self.dtype
 
     def groups(self, names: Sequence[str]) -> list[list[str]]:
         """Names by group, empty groups left out."""
@@ -86,6 +92,12 @@ SCENARIOS = (
     Scenario(name="adamw, bfloat16", defaults={"lr": 0.05}, dtype=torch.bfloat16),
     Scenario(name="adamw, float64", defaults={"lr": 0.05}, dtype=torch.float64),
     Scenario(
+        name="adamw, two dtypes",
+        defaults={"lr": 0.05, "weight_decay": 0.1},
+        second_group=("large", "one", "cube"),
+        second_dtype=torch.bfloat16,
+    ),
+    Scenario(
         name="adamw, steps without a gradient",
         without_grad=frozenset({(0, "large"), (2, "vector"), (1, "one")}),
     ),
@@ -94,6 +106,23 @@ SCENARIOS = (
         name="lion, cautious decay",
         optimizer=CautiousLion,
         defaults={"lr": 0.02, "weight_decay": 0.5, "cautious_weight_decay": True},
+    ),
+    Scenario(
+        name="sgd",
+        optimizer=CautiousSGD,
+        defaults={"lr": 0.1, "weight_decay": 0.2},
+        second_group=("large", "cube"),
+        second_options={"momentum": 0.5, "maximize": True},
+    ),
+    Scenario(
+        name="sgd, nesterov, cautious decay",
+        optimizer=CautiousSGD,
+        defaults={
+            "lr": 0.1,
+            "nesterov": True,
+            "weight_decay": 0.5,
+            "cautious_weight_decay": True,
+        },
     ),
 )
 
@@ -106,6 +135,14 @@ class Session(ABC):
     @abstractmethod
     def set_grad(self, name: str, whole_grad: torch.Tensor | None) -> None:
         """Give this rank its part of a whole gradient. Every rank is given the same one."""
+
+    def step(self) -> None:
+        """Step on the gradients that were set."""
+        self.optimizer.step()
+
+    def alignment(self) -> dict[str | int, float]:
+        """The optimiser's alignment, by the names that the scenario has for the parameters."""
+        return self.optimizer.alignment
 
     @abstractmethod
     def whole_values(self, name: str) -> dict[str, torch.Tensor]:
@@ -166,14 +203,15 @@ def run(
 ) -> dict[str, Any]:
     """All steps of a scenario; every whole value and the alignment at the end, by name."""
     wholes = whole_params(shapes, scenario.dtype)
+    wholes = {name: whole.to(scenario.dtype_of(name)) for name, whole in wholes.items()}
     session = engine(scenario, wholes)
     alignments = []
     for step in range(scenario.num_steps):
         for name, whole in wholes.items():
             lacks_grad = (step, name) in scenario.without_grad
             session.set_grad(name, None if lacks_grad else whole_grad(name, step, whole))
-        session.optimizer.step()
-        alignments.append(session.optimizer.alignment)
+        session.step()
+        alignments.append(session.alignment())
     found: dict[str, Any] = {"alignment": alignments}
     for name in wholes:
         found |= {f"{name}.{key}": v.clone() for key, v in session.whole_values(name).items()}
