@@ -25,7 +25,9 @@ def spawn(world: int, body: Callable[..., Any], folder: Path, *args: Any) -> lis
     """
     # One server imports torch and every rank is forked from it: a new interpreter per rank would
     # spend most of the test importing.
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor"])
+    multiprocessing.set_forkserver_preload(
+        ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     mp.start_processes(
         _run_rank, (world, body, folder, args), nprocs=world, start_method="forkserver"

@@ -219,6 +219,19 @@ def test_clipping_in_the_step_is_clipping_before_it(
     assert inside.alignment == before.alignment
 
 
+def test_scaled_gradients_are_clipped_to_the_same_norm() -> None:
+    scaled, plain = CautiousSGD(make_params()), CautiousSGD(make_params())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(torch.zeros(()))
+    for opt, factor in ((scaled, 2.0**12), (plain, 1.0)):
+        set_grads(opt, 0, factor)
+        assert opt.clip_grad_norm_(0.1) > factor
+    scaler.step(scaled)
+    plain.step()
+    for found, expected in zip(snapshot(scaled), snapshot(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_a_clip_serves_one_step() -> None:
     opt, fresh = CautiousSGD(make_params()), CautiousSGD(make_params())
     for each in (opt, fresh):

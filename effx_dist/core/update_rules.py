@@ -180,9 +180,9 @@ def _mix(old: torch.Tensor, share: Scalar, new: torch.Tensor, rest: Scalar) -> t
 def _rounded_sqrt(values: torch.Tensor) -> torch.Tensor:
     """The correctly rounded square root, in a new tensor.
 
-    On a CPU torch.sqrt calls a vector maths library that is an ulp off in about 0.7 % of float32
-    values, and of float64 values too, so that no other implementation could reproduce a step bit for
-    bit. NumPy takes the processor's, which rounds correctly.
+    On a CPU torch.sqrt calls a vector maths library that is an ulp off for many values of float32 (a
+    fifth of those in [0, 1)) and some of float64, so that no other implementation could reproduce a
+    step bit for bit. NumPy takes the processor's, which rounds correctly.
     """
     if values.device.type != "cpu":
         return values.sqrt()

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from effx_dist.core import cautious
 from effx_dist.core.update_rules import UpdateRule
 from effx_dist.errors import ConfigError
-from effx_dist.optim.clip import clipping_factor, total_norm
+from effx_dist.optim.clip import check_max_norm, clipping_factor, total_norm
 from effx_dist.optim.kernels import IMPLEMENTATIONS, Implementation, Walks
 from effx_dist.optim.layout import Layout, ShardMapSource
 from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
@@ -51,7 +51,7 @@ class CautiousOptimizer(Optimizer):
             )
         self.implementation: Implementation = implementation
         self._layouts = Layouts(shard_map)
-        self._clipping: torch.Tensor | None = None
+        self._clipping: tuple[torch.Tensor, float] | None = None
         super().__init__(params, defaults)
 
     @abstractmethod
@@ -77,8 +77,9 @@ class CautiousOptimizer(Optimizer):
         """Mean of the mask at the last step by whole parameter: the fraction that agreed in sign.
 
         The key is the parameter's name where the optimiser knows it and its index otherwise.
-        Parameters that have not been stepped are left out. Reading it copies the counts, which the
-        step has left where they were, to the host; no communication is performed.
+        Parameters that have not been stepped are left out, but read 0 on a rank whose flat tensors hold
+        nothing of them, which cannot tell. Reading it copies the counts, which the step has left where
+        they were, to the host; no communication is performed.
         """
         return self._layouts.alignment()
 
@@ -99,14 +100,20 @@ class CautiousOptimizer(Optimizer):
         they read, so that clipping writes nothing, and masking moves no more bytes than clipping by
         hand would. The gradients themselves stay unclipped. The norm is over all whole parameters of
         this optimiser; a sum of floating-point numbers, it is the same on all ranks but depends on
-        their number in its last bits.
+        their number in its last bits. Where a GradScaler leaves unscaling to the step, it is the
+        unscaled gradients that are clipped to ``max_norm``.
 
-        Returns the norm before clipping: float64, 0-d, on the parameters' device, which is not
-        waited for. One all-reduce of 8 bytes per set of groups. Every rank calls it.
+        Returns the norm of the gradients as they are: float64, 0-d, on the parameters' device, which
+        is not waited for. One all-reduce of 8 bytes per set of groups. Every rank calls it.
+
+        Raises:
+            ConfigError: ``max_norm`` is not above 0.
+            LayoutMismatchError: as in ``step()``.
         """
+        check_max_norm(max_norm)
         layout = self._layouts.current(self.param_groups)
         norm = total_norm(layout, members_by_group(layout, self.param_groups)[0])
-        self._clipping = clipping_factor(norm, max_norm)
+        self._clipping = (norm, max_norm)
         return norm
 
     @overload
@@ -163,10 +170,13 @@ class CautiousOptimizer(Optimizer):
         """What a scaler and the clipping want gradients multiplied by, once; None for 1."""
         clipping, self._clipping = self._clipping, None
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is None:
-            return clipping
-        unscaling = grad_scale.double().reciprocal()
-        return unscaling if clipping is None else unscaling * clipping.to(unscaling)
+        unscaling = None if grad_scale is None else grad_scale.double().reciprocal()
+        if clipping is None:
+            return unscaling
+        norm, max_norm = clipping
+        if unscaling is None:
+            return clipping_factor(norm, max_norm)
+        return unscaling * clipping_factor(norm.to(unscaling) * unscaling, max_norm)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay", "eps"):

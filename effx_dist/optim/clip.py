@@ -38,10 +38,14 @@ def total_norm(
     return sums.sum().sqrt()
 
 
-def clipping_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """``min(1, max_norm / (norm + 1e-6))``, as torch.nn.utils.clip_grad_norm_ has it."""
+def check_max_norm(max_norm: float) -> None:
+    """Raise ConfigError for a bound that no gradient could be clipped to."""
     if not max_norm > 0:
         raise ConfigError(f"{max_norm=}: must be above 0")
+
+
+def clipping_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """``min(1, max_norm / (norm + 1e-6))``, as torch.nn.utils.clip_grad_norm_ has it."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
