@@ -141,6 +141,28 @@ def test_items_have_rows_slots_and_dtypes_of_their_own(rule: UpdateRule, threads
 
 
 @by_rule
+def test_both_walks_at_once_give_the_eager_bits(rule: UpdateRule, threads: None) -> None:
+    numels = [1, 20_000, 0, 300_001, 7, 16_384, 70_001, 33]
+    items = [
+        make_item(rule, numel, DTYPES[i % 4], None, i, True, i % 2, len(numels) - i, i % 3 == 0)
+        for i, numel in enumerate(numels)
+    ]
+    rows = rows_of(rule, (0.1, 0.9, -1.0, 1.0), (0.01, 1.0, 0.3, 2.0))
+    slots = torch.zeros(len(numels) + 2, dtype=torch.int64)
+    for item in items:
+        slots[item.slot] = item.param.numel()
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        results = []
+        for form in (CompiledWalks, EagerWalks):
+            stepped, counts = [copied(item) for item in items], torch.zeros_like(slots)
+            form(rule, stepped, rows).step_wholes(counts, slots)
+            parts = [part for item in stepped for part in (item.param, *item.moments)]
+            results.append([counts, *map(bits, parts)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@by_rule
 @pytest.mark.parametrize("start", [0, 1, 3, 5])
 def test_where_a_piece_starts_in_memory_changes_nothing(rule: UpdateRule, start: int) -> None:
     whole = make_item(rule, 5000)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, overload
 
@@ -14,7 +15,7 @@ from effx_dist.core import cautious
 from effx_dist.core.update_rules import UpdateRule
 from effx_dist.errors import ConfigError
 from effx_dist.optim.clip import check_max_norm, clipping_factor, total_norm
-from effx_dist.optim.kernels import IMPLEMENTATIONS, Implementation, Walks
+from effx_dist.optim.kernels import IMPLEMENTATIONS, Implementation
 from effx_dist.optim.layout import Layout, ShardMapSource
 from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
 from effx_dist.optim.plan import StepPlan, members_by_group, plan_step
@@ -140,31 +141,27 @@ class CautiousOptimizer(Optimizer):
                 loss = closure()
         layout = self._layouts.current(self.param_groups)
         factor = self._take_grad_factor()
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         plan = plan_step(
-            layout, self.param_groups, self.state, self._rule, self.implementation, factor
+            layout,
+            self.param_groups,
+            self.state,
+            self._rule,
+            self.implementation,
+            factor,
+            may_skip=found_inf is not None,
         )
-        counts, skip = self._count(layout, plan)
-        scales = cautious.scale_from_count(counts, layout.numels(counts.device))
-        for device, walks in chain.from_iterable(plan.walks):
-            walks.update(scales.to(device), skip)
+        counts, skip = _count(layout, plan, found_inf)
+        if any(plan.walks):
+            scales = cautious.scale_from_count(counts, layout.numels(counts.device))
+            for device, walks in chain.from_iterable(plan.walks):
+                walks.update(scales.to(device), skip)
+        for device, walks in plan.whole_walks:
+            with _slots_on(device, counts) as here:
+                walks.step_wholes(here, layout.numels(device))
         plan.advance_steps(skip)
         layout.last_counts, layout.idle = counts, plan.idle
         return loss
-
-    def _count(self, layout: Layout, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """First walks and their all-reduces: the whole counts by slot, and whether to skip."""
-        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
-
-        def count_into(index: int, counts: torch.Tensor) -> None:
-            for device, walks in plan.walks[index]:
-                _count_into(counts, walks, device)
-            if found_inf is not None:
-                counts[layout.buckets[index].stop] = found_inf != 0
-
-        counts = count_wholes(layout, count_into, with_flags=found_inf is not None)
-        if found_inf is None or not layout.buckets:
-            return counts, found_inf
-        return counts, torch.stack([counts[bucket.stop] for bucket in layout.buckets]).any()
 
     def _take_grad_factor(self) -> torch.Tensor | None:
         """What a scaler and the clipping want gradients multiplied by, once; None for 1."""
@@ -227,10 +224,28 @@ class CautiousOptimizer(Optimizer):
                 group.setdefault(name, default)
 
 
-def _count_into(counts: torch.Tensor, walks: Walks, device: torch.device) -> None:
-    if device == counts.device:
-        walks.count_into(counts)
-        return
-    here = torch.zeros_like(counts, device=device)
-    walks.count_into(here)
-    counts += here.to(counts.device)
+def _count(
+    layout: Layout, plan: StepPlan, found_inf: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """First walks and their all-reduces: the whole counts by slot, and whether to skip."""
+
+    def count_into(index: int, counts: torch.Tensor) -> None:
+        for device, walks in plan.walks[index]:
+            with _slots_on(device, counts) as here:
+                walks.count_into(here)
+        if found_inf is not None:
+            counts[layout.buckets[index].stop] = found_inf != 0
+
+    counts = count_wholes(layout, count_into, with_flags=found_inf is not None)
+    if found_inf is None or not layout.buckets:
+        return counts, found_inf
+    return counts, torch.stack([counts[bucket.stop] for bucket in layout.buckets]).any()
+
+
+@contextmanager
+def _slots_on(device: torch.device, counts: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``counts`` itself, or on another device zeros that are added to it afterwards."""
+    here = counts if device == counts.device else torch.zeros_like(counts, device=device)
+    yield here
+    if here is not counts:
+        counts += here.to(counts.device)

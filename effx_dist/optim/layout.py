@@ -107,6 +107,21 @@ class Layout:
         starts = [bucket.start for bucket in self.buckets]
         return [bisect_right(starts, slot) - 1 for slot in self.slots]
 
+    @cached_property
+    def wholes_here(self) -> frozenset[int]:
+        """Indices of the wholes that are one segment here and spread over no ranks."""
+        segments: dict[int, list[int]] = {}
+        for param, cut in zip(self.params, self.segments, strict=True):
+            for segment in cut:
+                numel = local_of(param).numel() if segment.start is None else segment.length
+                segments.setdefault(segment.whole_index, []).append(numel)
+        wholes = self.shard_map.wholes
+        return frozenset(
+            index
+            for index, numels in segments.items()
+            if not wholes[index].groups and numels == [wholes[index].numel]
+        )
+
     def numels(self, device: torch.device) -> torch.Tensor:
         """Elements of the whole in each slot: int64 [num slots]. Copied to a device once, not in
         each step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from effx_dist.shard import local_of
 
 Group = dict[str, Any]
 RuleOf = Callable[[Mapping[str, Any]], UpdateRule]
-_BatchKey = tuple[int, torch.device, str, bool]
+_PlacedWalks = list[tuple[torch.device, Walks]]
 
 
 @dataclass(slots=True)
@@ -33,14 +33,17 @@ class Member:
 
 @dataclass(slots=True)
 class StepPlan:
-    """The walks of one step by bucket, and the counters of steps that it advances.
+    """The walks of one step, and the counters of steps that it advances.
 
     Attributes:
+        walks: by bucket, those whose counts are to be summed between the two walks.
+        whole_walks: those over parameters that are whole here.
         host_steps: counters on the host, device_steps: those of capturable groups.
         idle: indices of the wholes that have no gradient on this rank.
     """
 
-    walks: list[list[tuple[torch.device, Walks]]]
+    walks: list[_PlacedWalks]
+    whole_walks: _PlacedWalks = field(default_factory=list)
     host_steps: list[torch.Tensor] = field(default_factory=list)
     device_steps: list[torch.Tensor] = field(default_factory=list)
     idle: frozenset[int] = frozenset()
@@ -92,14 +95,17 @@ def plan_step(
     rule_of: RuleOf,
     implementation: Implementation,
     grad_factor: torch.Tensor | None,
+    may_skip: bool = False,
 ) -> StepPlan:
     """Check gradients, make states, compute coefficients, sort items. No communication is
     performed.
+
+    Where the step ``may_skip``, there are no ``whole_walks``, since these count and write at once.
     """
     by_group, idle = members_by_group(layout, groups)
     plan = StepPlan(walks=[[] for _ in layout.buckets], idle=idle)
     rows = Rows()
-    batches: dict[_BatchKey, tuple[UpdateRule, list[Item]]] = {}
+    batches: dict[_Kind, tuple[UpdateRule, list[Item]]] = {}
     for group, members in by_group:
         if not members:
             continue
@@ -108,14 +114,17 @@ def plan_step(
             start_state(states[member.param], rule, member.param, group["capturable"])
         row_of = _add_rows(plan, rows, rule, group, [states[member.param] for member in members])
         for member, row in zip(members, row_of, strict=True):
-            for key, item in _items(layout, member, states[member.param], rule, group, row):
-                batches.setdefault(key, (rule, []))[1].append(item)
+            for kind, item in _items(layout, member, states[member.param], rule, group, row):
+                batches.setdefault(kind, (rule, []))[1].append(item)
     on_device: dict[torch.device, torch.Tensor] = {}
-    for (bucket, device, _, lies_flat), (rule, items) in batches.items():
+    for kind, (rule, items) in batches.items():
+        device = kind.device
         if device not in on_device:
             on_device[device] = rows.on(device, grad_factor)
-        chosen = walks_class(implementation, device) if lies_flat else EagerWalks
-        plan.walks[bucket].append((device, chosen(rule, items, on_device[device])))
+        chosen = walks_class(implementation, device) if kind.lies_flat else EagerWalks
+        in_one = kind.is_whole and not may_skip
+        target = plan.whole_walks if in_one else plan.walks[kind.bucket]
+        target.append((device, chosen(rule, items, on_device[device])))
     return plan
 
 
@@ -143,6 +152,16 @@ def _settings(group: Group) -> Group:
     return settings
 
 
+class _Kind(NamedTuple):
+    """Of items that are walked over together."""
+
+    bucket: int
+    device: torch.device
+    rule: str
+    lies_flat: bool
+    is_whole: bool
+
+
 def _items(
     layout: Layout,
     member: Member,
@@ -150,7 +169,7 @@ def _items(
     rule: UpdateRule,
     group: Group,
     row: int,
-) -> list[tuple[_BatchKey, Item]]:
+) -> list[tuple[_Kind, Item]]:
     """The segments of a parameter that have elements, each with the batch that it belongs to.
 
     They are cut anew in every step: tensors that stay referred to from here could not be freed by
@@ -170,5 +189,6 @@ def _items(
             cut = tuple([segment.of(moment) for moment in moments])
             grad = segment.of(member.grad)
             item = Item(segment.of(param), grad, cut, row, slot, decays_cautiously)
-        found.append(((bucket, param.device, rule.name, item.lies_flat), item))
+        is_whole = segment.whole_index in layout.wholes_here
+        found.append((_Kind(bucket, param.device, rule.name, item.lies_flat, is_whole), item))
     return found

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -38,6 +39,7 @@ enum Column { kLr, kDecay, kGradFactor, kFirstOwn };
 
 constexpr int64_t kElementsPerThread = 1 << 14;  // fewer are not worth waking a thread for
 constexpr int64_t kElementsPerCount = 1 << 20;   // a vector's int32 lanes do not overflow
+constexpr int64_t kElementsPerStretch = 1 << 18;
 
 struct Float16 {
   uint16_t bits;
@@ -232,28 +234,7 @@ void update_range(const Piece& piece, const double* row, double scale, int64_t b
   }
 }
 
-// Gives each thread an equal, contiguous part of all elements: body(piece index, begin, end).
-template <class Body>
-void for_each_range(const Piece* pieces, int64_t num_pieces, int64_t max_threads, Body body) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < num_pieces; ++i) total += pieces[i].numel;
-  const int64_t wanted = std::max<int64_t>(1, total / kElementsPerThread);
-  const int threads = int(std::min(max_threads, wanted));
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t num = omp_get_num_threads(), which = omp_get_thread_num();
-    const int64_t first = total / num * which, last = which + 1 == num ? total : first + total / num;
-    int64_t start = 0;
-    for (int64_t i = 0; i < num_pieces && start < last; ++i) {
-      const int64_t begin = std::max<int64_t>(first - start, 0);
-      const int64_t end = std::min(last - start, pieces[i].numel);
-      if (begin < end) body(i, begin, end);
-      start += pieces[i].numel;
-    }
-  }
-}
-
-// Calls body(pointer type of the gradient); a float64 parameter has float64 gradients.
+// Calls body(pointer of the gradient's type); a float64 parameter has float64 gradients.
 template <class Body>
 void with_grad_type(int64_t type, Body body) {
   if (type == kFloat32) body(static_cast<float*>(nullptr));
@@ -262,48 +243,121 @@ void with_grad_type(int64_t type, Body body) {
 }
 
 template <template <class> class Rule>
-void count_all(const Piece* pieces, int64_t num, const double* rows, int64_t* counts, int64_t threads) {
-  for_each_range(pieces, num, threads, [&](int64_t index, int64_t begin, int64_t end) {
-    const Piece& piece = pieces[index];
-    const double* row = rows + piece.row * kColumns;
-    int64_t count = 0;
-    if (piece.param_type == kFloat64) {
-      count = count_range<double, Rule, double>(piece, row, begin, end);
-    } else {
-      with_grad_type(piece.grad_type, [&](auto* grad) {
-        using G = std::remove_pointer_t<decltype(grad)>;
-        count = count_range<float, Rule, G>(piece, row, begin, end);
-      });
-    }
-#pragma omp atomic
-    counts[piece.slot] += count;
+int64_t count_part(const Piece& piece, const double* rows, int64_t begin, int64_t end) {
+  const double* row = rows + piece.row * kColumns;
+  if (piece.param_type == kFloat64) return count_range<double, Rule, double>(piece, row, begin, end);
+  int64_t count = 0;
+  with_grad_type(piece.grad_type, [&](auto* grad) {
+    using G = std::remove_pointer_t<decltype(grad)>;
+    count = count_range<float, Rule, G>(piece, row, begin, end);
   });
+  return count;
 }
 
+// From the end to the beginning: what the first walk has read last may still be in a cache.
 template <template <class> class Rule>
-void update_all(const Piece* pieces, int64_t num, const double* rows, const double* scales, int64_t threads) {
-  for_each_range(pieces, num, threads, [&](int64_t index, int64_t begin, int64_t end) {
-    const Piece& piece = pieces[index];
-    const double* row = rows + piece.row * kColumns;
-    const double scale = scales[piece.slot];
+void update_part(const Piece& piece, const double* rows, double scale, int64_t begin, int64_t end) {
+  const double* row = rows + piece.row * kColumns;
+  for (int64_t stop = end; stop > begin; stop -= kElementsPerStretch) {
+    const int64_t start = std::max(begin, stop - kElementsPerStretch);
     if (piece.param_type == kFloat64) {
-      update_range<double, Rule, double, double>(piece, row, scale, begin, end);
-      return;
+      update_range<double, Rule, double, double>(piece, row, scale, start, stop);
+      continue;
     }
     with_grad_type(piece.grad_type, [&](auto* grad) {
       using G = std::remove_pointer_t<decltype(grad)>;
-      if (piece.param_type == kFloat32) update_range<float, Rule, float, G>(piece, row, scale, begin, end);
-      if (piece.param_type == kFloat16) update_range<float, Rule, Float16, G>(piece, row, scale, begin, end);
-      if (piece.param_type == kBFloat16) update_range<float, Rule, BFloat16, G>(piece, row, scale, begin, end);
+      if (piece.param_type == kFloat32) update_range<float, Rule, float, G>(piece, row, scale, start, stop);
+      if (piece.param_type == kFloat16) update_range<float, Rule, Float16, G>(piece, row, scale, start, stop);
+      if (piece.param_type == kBFloat16) update_range<float, Rule, BFloat16, G>(piece, row, scale, start, stop);
     });
-  });
+  }
+}
+
+struct Part {
+  int64_t begin, end;
+};
+
+// Thread `which`'s share of elements [0, numel).
+inline Part share_of(int64_t numel, int64_t num_threads, int64_t which) {
+  const int64_t each = numel / num_threads;
+  return {each * which, which + 1 == num_threads ? numel : each * (which + 1)};
+}
+
+// The part of piece i, which starts after `start` elements of all, that lies in `share`.
+inline Part within(const Piece& piece, int64_t start, Part share) {
+  return {std::max<int64_t>(share.begin - start, 0), std::min(share.end - start, piece.numel)};
+}
+
+int threads_for(int64_t total, int64_t max_threads) {
+  return int(std::min(max_threads, std::max<int64_t>(1, total / kElementsPerThread)));
+}
+
+int64_t total_of(const Piece* pieces, int64_t num) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < num; ++i) total += pieces[i].numel;
+  return total;
+}
+
+template <template <class> class Rule>
+void count_all(const Piece* pieces, int64_t num, const double* rows, int64_t* counts, int64_t max_threads) {
+  const int64_t total = total_of(pieces, num);
+#pragma omp parallel num_threads(threads_for(total, max_threads))
+  {
+    const Part share = share_of(total, omp_get_num_threads(), omp_get_thread_num());
+    int64_t start = 0;
+    for (int64_t i = 0; i < num; start += pieces[i++].numel) {
+      const Part part = within(pieces[i], start, share);
+      if (part.begin >= part.end) continue;
+      const int64_t count = count_part<Rule>(pieces[i], rows, part.begin, part.end);
+#pragma omp atomic
+      counts[pieces[i].slot] += count;
+    }
+  }
+}
+
+template <template <class> class Rule>
+void update_all(const Piece* pieces, int64_t num, const double* rows, const double* scales, int64_t max_threads) {
+  const int64_t total = total_of(pieces, num);
+#pragma omp parallel num_threads(threads_for(total, max_threads))
+  {
+    const Part share = share_of(total, omp_get_num_threads(), omp_get_thread_num());
+    int64_t start = total;
+    for (int64_t i = num - 1; i >= 0; --i) {
+      start -= pieces[i].numel;
+      const Part part = within(pieces[i], start, share);
+      if (part.begin < part.end) update_part<Rule>(pieces[i], rows, scales[pieces[i].slot], part.begin, part.end);
+    }
+  }
+}
+
+// Both walks, whole by whole, so that the second finds in a cache what the first has read.
+template <template <class> class Rule>
+void step_all(const Piece* pieces, int64_t num, const double* rows, int64_t* counts, double min_fraction, int64_t max_threads) {
+#pragma omp parallel num_threads(threads_for(total_of(pieces, num), max_threads))
+  {
+    const int64_t num_threads = omp_get_num_threads(), which = omp_get_thread_num();
+    for (int64_t i = 0; i < num; ++i) {
+      const Piece& piece = pieces[i];
+      const bool is_shared = piece.numel >= kElementsPerThread && num_threads > 1;
+      if (!is_shared && i % num_threads != which) continue;
+      const Part part = is_shared ? share_of(piece.numel, num_threads, which) : Part{0, piece.numel};
+      const int64_t count = count_part<Rule>(piece, rows, part.begin, part.end);
+#pragma omp atomic
+      counts[piece.slot] += count;
+      if (is_shared) {
+#pragma omp barrier
+      }
+      const double fraction = double(counts[piece.slot]) / double(std::max<int64_t>(piece.numel, 1));
+      update_part<Rule>(piece, rows, 1 / std::max(fraction, min_fraction), part.begin, part.end);
+    }
+  }
 }
 
 }  // namespace
 
 // counts[slot] += agreeing elements. Writes nothing else.
-extern "C" void effx_cautious_count(int64_t rule, const void* pieces, int64_t num_pieces,
-                                    const double* rows, int64_t* counts, int64_t max_threads) {
+extern "C" void effx_cautious_count(int64_t rule, const void* pieces, int64_t num_pieces, const double* rows,
+                                    int64_t* counts, int64_t max_threads) {
   const Piece* table = static_cast<const Piece*>(pieces);
   if (rule == kAdamW) count_all<AdamW>(table, num_pieces, rows, counts, max_threads);
   if (rule == kLion) count_all<Lion>(table, num_pieces, rows, counts, max_threads);
@@ -311,12 +365,22 @@ extern "C" void effx_cautious_count(int64_t rule, const void* pieces, int64_t nu
   if (rule == kNesterov) count_all<Nesterov>(table, num_pieces, rows, counts, max_threads);
 }
 
-// Advances the moments and steps the parameters; scales[slot] = 1 / max(count / numel, 1e-3).
-extern "C" void effx_cautious_update(int64_t rule, const void* pieces, int64_t num_pieces,
-                                     const double* rows, const double* scales, int64_t max_threads) {
+// Advances the moments and steps the parameters; scales[slot] = 1 / max(count / numel, min_fraction).
+extern "C" void effx_cautious_update(int64_t rule, const void* pieces, int64_t num_pieces, const double* rows,
+                                     const double* scales, int64_t max_threads) {
   const Piece* table = static_cast<const Piece*>(pieces);
   if (rule == kAdamW) update_all<AdamW>(table, num_pieces, rows, scales, max_threads);
   if (rule == kLion) update_all<Lion>(table, num_pieces, rows, scales, max_threads);
   if (rule == kSGD) update_all<SGD>(table, num_pieces, rows, scales, max_threads);
   if (rule == kNesterov) update_all<Nesterov>(table, num_pieces, rows, scales, max_threads);
+}
+
+// Both, for pieces that are whole parameters, each the only one of its slot; counts[slot] is 0 before.
+extern "C" void effx_cautious_step(int64_t rule, const void* pieces, int64_t num_pieces, const double* rows,
+                                   int64_t* counts, double min_fraction, int64_t max_threads) {
+  const Piece* table = static_cast<const Piece*>(pieces);
+  if (rule == kAdamW) step_all<AdamW>(table, num_pieces, rows, counts, min_fraction, max_threads);
+  if (rule == kLion) step_all<Lion>(table, num_pieces, rows, counts, min_fraction, max_threads);
+  if (rule == kSGD) step_all<SGD>(table, num_pieces, rows, counts, min_fraction, max_threads);
+  if (rule == kNesterov) step_all<Nesterov>(table, num_pieces, rows, counts, min_fraction, max_threads);
 }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from effx_dist.core.cautious import MIN_FRACTION
 from effx_dist.core.update_rules import AdamW, UpdateRule
 from effx_dist.optim.kernels.eager import EagerWalks
 from effx_dist.optim.kernels.library import library
@@ -37,24 +38,39 @@ class CompiledWalks(Walks):
         self._table = np.array(described, dtype=np.int64)
 
     def count_into(self, counts: torch.Tensor) -> None:
-        self._call(self._library.effx_cautious_count, counts)
+        self._call(self._library.effx_cautious_count, _address(counts))
 
     def update(self, scales: torch.Tensor, skip: torch.Tensor | None) -> None:
         if skip is not None and bool(skip):
             return
-        self._call(self._library.effx_cautious_update, scales.contiguous())
-        written = [part for item in self._items for part in (item.param, *item.moments)]
-        torch.autograd.graph.increment_version(written)  # autograd does not see the library write
+        scales = scales.contiguous()
+        self._call(self._library.effx_cautious_update, _address(scales))
+        self._note_writes()
 
-    def _call(self, function: Any, per_slot: torch.Tensor) -> None:
+    def step_wholes(self, counts: torch.Tensor, numels: torch.Tensor) -> None:
+        """As in Walks; whole by whole, so that the second walk finds in a cache what the first read."""
+        min_fraction = ctypes.c_double(MIN_FRACTION)
+        self._call(self._library.effx_cautious_step, _address(counts), min_fraction)
+        self._note_writes()
+
+    def _call(self, function: Any, *per_slot: Any) -> None:
         function(
             ctypes.c_int64(self._rule),
             ctypes.c_void_p(self._table.ctypes.data),
             ctypes.c_int64(len(self._table)),
-            ctypes.c_void_p(self._rows.data_ptr()),
-            ctypes.c_void_p(per_slot.data_ptr()),
+            _address(self._rows),
+            *per_slot,
             ctypes.c_int64(torch.get_num_threads()),
         )
+
+    def _note_writes(self) -> None:
+        """Autograd does not see the library write."""
+        written = [part for item in self._items for part in (item.param, *item.moments)]
+        torch.autograd.graph.increment_version(written)
+
+
+def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _describe(item: Item, grad: torch.Tensor) -> list[int]:

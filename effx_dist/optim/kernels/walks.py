@@ -9,6 +9,7 @@ from enum import IntEnum
 
 import torch
 
+from effx_dist.core.cautious import scale_from_count
 from effx_dist.core.update_rules import UpdateRule
 
 NUM_COLUMNS = 10
@@ -82,6 +83,15 @@ class Walks(ABC):
         """Second walk: moments and parameters advance, by the slots' ``scales`` (float64, on the
         items' device); nothing does where ``skip`` (0-d) is given and not zero.
         """
+
+    def step_wholes(self, counts: torch.Tensor, numels: torch.Tensor) -> None:
+        """Both walks, for items that are whole parameters, each the only one of its slot: nobody else
+        has to be asked in between.
+
+        ``counts`` is 0 in their slots; ``numels`` (int64) has the elements of each slot.
+        """
+        self.count_into(counts)
+        self.update(scale_from_count(counts, numels), None)
 
 
 def working_dtype(param: torch.Tensor) -> torch.dtype:
