@@ -67,7 +67,7 @@ def _parts_by_kind(
     found: dict[int, dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]] = {}
     for _, members in by_group:
         for member in members:
-            for segment in layout.segments[member.index]:
+            for segment in layout.segments[member.place]:
                 bucket = found.setdefault(layout.bucket_of[segment.whole_index], {})
                 part = segment.of(member.grad)
                 if part.numel():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -45,6 +46,18 @@ class Segment:
         if self.start is None:
             return local
         return local.view(-1).narrow(0, self.start, self.length)
+
+
+class Target(NamedTuple):
+    """Where a segment belongs.
+
+    ``is_whole``: it is all of its whole, which is spread over no ranks.
+    """
+
+    segment: Segment
+    slot: int
+    bucket: int
+    is_whole: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +121,21 @@ class Layout:
         return [bisect_right(starts, slot) - 1 for slot in self.slots]
 
     @cached_property
-    def wholes_here(self) -> frozenset[int]:
-        """Indices of the wholes that are one segment here and spread over no ranks."""
-        segments: dict[int, list[int]] = {}
-        for param, cut in zip(self.params, self.segments, strict=True):
-            for segment in cut:
-                numel = local_of(param).numel() if segment.start is None else segment.length
-                segments.setdefault(segment.whole_index, []).append(numel)
+    def targets(self) -> list[list[Target]]:
+        """For each parameter its segments, with what belongs to them."""
         wholes = self.shard_map.wholes
-        return frozenset(
-            index
-            for index, numels in segments.items()
-            if not wholes[index].groups and numels == [wholes[index].numel]
-        )
+        times = Counter(segment.whole_index for cut in self.segments for segment in cut)
+        found: list[list[Target]] = []
+        for param, cut in zip(self.params, self.segments, strict=True):
+            found.append([])
+            for segment in cut:
+                index = segment.whole_index
+                numel = local_of(param).numel() if segment.start is None else segment.length
+                is_all = times[index] == 1 and numel == wholes[index].numel
+                is_whole = is_all and not wholes[index].groups
+                target = Target(segment, self.slots[index], self.bucket_of[index], is_whole)
+                found[-1].append(target)
+        return found
 
     def numels(self, device: torch.device) -> torch.Tensor:
         """Elements of the whole in each slot: int64 [num slots]. Copied to a device once, not in
@@ -161,13 +176,9 @@ class Layout:
         if grad is None:
             return None
         local_grad, local = local_of(grad), local_of(param)
-        if local_grad.layout != torch.strided or local_grad.dtype not in DTYPES:
-            raise LayoutMismatchError(
-                f"{self.describe(index)}: the gradient's layout is {local_grad.layout} and its dtype "
-                f"{local_grad.dtype}, must be torch.strided and one of "
-                f"{', '.join(map(str, DTYPES))}; use sparse=False in an embedding"
-            )
-        if isinstance(grad, DTensor) or isinstance(param, DTensor):
+        if local_grad.dtype != local.dtype or local_grad.layout != torch.strided:
+            self._check_kind(index, local_grad)
+        if local_grad is not grad or local is not param:
             self._check_sharding(index, grad, param)
         if grad.shape != param.shape or local_grad.shape != local.shape:
             raise LayoutMismatchError(
@@ -180,6 +191,14 @@ class Layout:
         if local_grad.stride() == local.stride():
             return local_grad
         return torch.empty_like(local).copy_(local_grad)
+
+    def _check_kind(self, index: int, local_grad: torch.Tensor) -> None:
+        if local_grad.layout != torch.strided or local_grad.dtype not in DTYPES:
+            raise LayoutMismatchError(
+                f"{self.describe(index)}: the gradient's layout is {local_grad.layout} and its dtype "
+                f"{local_grad.dtype}, must be torch.strided and one of "
+                f"{', '.join(map(str, DTYPES))}; use sparse=False in an embedding"
+            )
 
     def _check_sharding(self, index: int, grad: torch.Tensor, param: torch.Tensor) -> None:
         if _sharding(grad) != _sharding(param):

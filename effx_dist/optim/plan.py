@@ -18,15 +18,16 @@ from effx_dist.shard import local_of
 Group = dict[str, Any]
 RuleOf = Callable[[Mapping[str, Any]], UpdateRule]
 _PlacedWalks = list[tuple[torch.device, Walks]]
+_Kind = tuple[int, torch.device, str, bool, bool]
+"""Bucket, device, rule, whether they lie flat and are wholes: of items that are walked over together."""
 
 
-@dataclass(slots=True)
-class Member:
+class Member(NamedTuple):
     """A parameter with a gradient."""
 
     param: torch.Tensor
-    index: int
-    """Place in the layout."""
+    place: int
+    """In the layout."""
     grad: torch.Tensor
     """Local, checked."""
 
@@ -71,13 +72,13 @@ def members_by_group(
     found: list[tuple[Group, list[Member]]] = []
     idle: set[int] = set()
     index = 0
-    seen: set[torch.Tensor] = set()
+    seen: set[int] = set()
     for group in groups:
         members: list[Member] = []
         for param in group["params"]:
-            if param in seen:  # tied: one parameter, listed twice
+            if id(param) in seen:  # tied: one parameter, listed twice
                 continue
-            seen.add(param)
+            seen.add(id(param))
             grad = layout.local_grad(index)
             if grad is None:
                 idle.update(segment.whole_index for segment in layout.segments[index])
@@ -110,20 +111,18 @@ def plan_step(
         if not members:
             continue
         rule = rule_of(group)
-        for member in members:
-            start_state(states[member.param], rule, member.param, group["capturable"])
-        row_of = _add_rows(plan, rows, rule, group, [states[member.param] for member in members])
-        for member, row in zip(members, row_of, strict=True):
-            for kind, item in _items(layout, member, states[member.param], rule, group, row):
-                batches.setdefault(kind, (rule, []))[1].append(item)
+        of_group = [states[member.param] for member in members]
+        for member, state in zip(members, of_group, strict=True):
+            if any(state.get(name) is None for name in rule.moment_names):
+                start_state(state, rule, member.param, group["capturable"])
+        row_of = _add_rows(plan, rows, rule, group, of_group)
+        _add_items(batches, layout, rule, group, members, of_group, row_of)
     on_device: dict[torch.device, torch.Tensor] = {}
-    for kind, (rule, items) in batches.items():
-        device = kind.device
+    for (bucket, device, _, lies_flat, is_whole), (rule, items) in batches.items():
         if device not in on_device:
             on_device[device] = rows.on(device, grad_factor)
-        chosen = walks_class(implementation, device) if kind.lies_flat else EagerWalks
-        in_one = kind.is_whole and not may_skip
-        target = plan.whole_walks if in_one else plan.walks[kind.bucket]
+        chosen = walks_class(implementation, device) if lies_flat else EagerWalks
+        target = plan.whole_walks if is_whole and not may_skip else plan.walks[bucket]
         target.append((device, chosen(rule, items, on_device[device])))
     return plan
 
@@ -152,43 +151,37 @@ def _settings(group: Group) -> Group:
     return settings
 
 
-class _Kind(NamedTuple):
-    """Of items that are walked over together."""
-
-    bucket: int
-    device: torch.device
-    rule: str
-    lies_flat: bool
-    is_whole: bool
-
-
-def _items(
+def _add_items(
+    batches: dict[_Kind, tuple[UpdateRule, list[Item]]],
     layout: Layout,
-    member: Member,
-    state: Mapping[str, Any],
     rule: UpdateRule,
     group: Group,
-    row: int,
-) -> list[tuple[_Kind, Item]]:
-    """The segments of a parameter that have elements, each with the batch that it belongs to.
+    members: Sequence[Member],
+    states: Sequence[Mapping[str, Any]],
+    row_of: Sequence[int],
+) -> None:
+    """Sort the segments of a group's parameters that have elements into ``batches``.
 
     They are cut anew in every step: tensors that stay referred to from here could not be freed by
     those who move an optimiser's state to the host in between.
     """
-    param = local_of(member.param)
-    if not param.numel():
-        return []
-    moments = tuple([local_of(state[name]) for name in rule.moment_names])
     decays_cautiously = bool(group["cautious_weight_decay"])
-    found = []
-    for segment in layout.segments[member.index]:
-        slot, bucket = layout.slots[segment.whole_index], layout.bucket_of[segment.whole_index]
-        if segment.start is None:
-            item = Item(param, member.grad, moments, row, slot, decays_cautiously)
-        else:
-            cut = tuple([segment.of(moment) for moment in moments])
-            grad = segment.of(member.grad)
-            item = Item(segment.of(param), grad, cut, row, slot, decays_cautiously)
-        is_whole = segment.whole_index in layout.wholes_here
-        found.append((_Kind(bucket, param.device, rule.name, item.lies_flat, is_whole), item))
-    return found
+    names, targets = rule.moment_names, layout.targets
+    for (member_param, place, grad), state, row in zip(members, states, row_of, strict=True):
+        param = local_of(member_param)
+        if not param.numel():
+            continue
+        moments = tuple([local_of(state[name]) for name in names])
+        device = param.device
+        for segment, slot, bucket, is_whole in targets[place]:
+            if segment.start is None:
+                item = Item(param, grad, moments, row, slot, decays_cautiously)
+            else:
+                cut = tuple([segment.of(moment) for moment in moments])
+                part, grad_part = segment.of(param), segment.of(grad)
+                item = Item(part, grad_part, cut, row, slot, decays_cautiously)
+            kind = (bucket, device, rule.name, item.lies_flat, is_whole)
+            known = batches.get(kind)
+            if known is None:
+                known = batches[kind] = (rule, [])
+            known[1].append(item)

@@ -48,8 +48,10 @@ class Rows:
 
     def on(self, device: torch.device, grad_factor: torch.Tensor | None) -> torch.Tensor:
         """float64 [num rows, NUM_COLUMNS]; gradients are multiplied by ``grad_factor`` (0-d) too."""
-        rows = torch.cat([to_device(part, device) for part in self._parts])
+        parts = [to_device(part, device) for part in self._parts]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         if grad_factor is not None:
+            rows = rows.clone()
             rows[:, Column.GRAD_FACTOR] *= grad_factor.to(device=device, dtype=torch.float64)
         return rows
 

@@ -357,7 +357,7 @@ def _by_bucket(layout: Layout, moves: Sequence[_Move]) -> list[list[tuple[_Move,
     """The segments that have elements."""
     found: list[list[tuple[_Move, Segment]]] = [[] for _ in layout.buckets]
     for move in moves:
-        for segment in layout.segments[move.member.index]:
+        for segment in layout.segments[move.member.place]:
             if segment.of(move.local).numel():
                 found[layout.bucket_of[segment.whole_index]].append((move, segment))
     return found

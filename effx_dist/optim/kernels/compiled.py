@@ -65,8 +65,7 @@ class CompiledWalks(Walks):
 
     def _note_writes(self) -> None:
         """Autograd does not see the library write."""
-        written = [part for item in self._items for part in (item.param, *item.moments)]
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version([item.param for item in self._items])
 
 
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:

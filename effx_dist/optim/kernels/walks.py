@@ -50,8 +50,9 @@ class Item:
     @property
     def lies_flat(self) -> bool:
         """Whether all its tensors fill their memory in the same order, as kernels take them."""
-        plain = self.param.is_contiguous() and self.grad.is_contiguous()
-        if plain and all(moment.is_contiguous() for moment in self.moments):
+        first, second = self.moments[0], self.moments[-1]
+        moments_are = first.is_contiguous() and second.is_contiguous()
+        if moments_are and self.param.is_contiguous() and self.grad.is_contiguous():
             return True
         strides = self.param.stride()
         same = all(part.stride() == strides for part in (self.grad, *self.moments))
