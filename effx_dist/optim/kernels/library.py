@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -41,11 +42,11 @@ class BuildError(Exception):
 def library() -> Library | None:
     """The loaded library, built if need be. None, with one warning, where it cannot be had."""
     try:
-        return _load_or_build(_cached_path())
+        return _kept_library() or _new_library()
     except (BuildError, OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"the compiled cautious step is not available ({error}); the eager one is used: the same "
-            f"values, about ten times slower. Install a C++ compiler with OpenMP ({SOURCE.name} is "
+            f"values, many times slower. Install a C++ compiler with OpenMP ({SOURCE.name} is "
             "compiled once, within seconds), or choose implementation='eager' to say so.",
             RuntimeWarning,
             stacklevel=2,
@@ -53,31 +54,46 @@ def library() -> Library | None:
         return None
 
 
-def _cached_path() -> Path:
-    """Where the library of this source, these flags and this kind of processor lies."""
-    described = f"{SOURCE.read_text()}{FLAGS}{_vector_flags()}"
-    key = hashlib.sha256(described.encode()).hexdigest()[:16]
-    return Path(torch.hub.get_dir()).parent / "effx_dist" / f"cautious_{key}.so"
+def _folder() -> Path:
+    return Path(torch.hub.get_dir()).parent / "effx_dist"
+
+
+def _stem() -> str:
+    """Begins the name of a library of this source, these flags and this kind of processor."""
+    described = f"{SOURCE.read_text()}{FLAGS}{_vector_flags()}{platform.machine()}"
+    return f"cautious_{_digest(described.encode())}_"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _vector_flags() -> tuple[str, ...]:
     return VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
 
 
-def _load_or_build(path: Path) -> Library:
-    if path.exists():
-        try:
+def _kept_library() -> Library | None:
+    """One built before. Its name ends with a digest of its content: loading a damaged library would
+    end the process.
+    """
+    stem = _stem()
+    for path in _folder().glob(f"{stem}*.so"):
+        if path.stem == stem + _digest(path.read_bytes()):
             return ctypes.CDLL(str(path))
-        except OSError:
-            path.unlink(missing_ok=True)  # of another architecture, or damaged
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _new_library() -> Library:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        _folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_folder()) as folder:
             built = _build(Path(folder))
-            os.replace(built, path)  # ranks that build at the same time each put a whole file
-        return ctypes.CDLL(str(path))
-    except (PermissionError, OSError):
-        # No cache that can be written: build for this process alone.
+            kept = _folder() / f"{_stem()}{_digest(built.read_bytes())}.so"
+            os.replace(built, kept)  # ranks that build at the same time each put a whole file
+        return ctypes.CDLL(str(kept))
+    except OSError:
+        # No cache that can be written, or none to load from: build for this process alone.
         with tempfile.TemporaryDirectory() as folder:
             return ctypes.CDLL(str(_build(Path(folder))))
 
