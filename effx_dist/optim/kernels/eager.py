@@ -54,4 +54,7 @@ class EagerWalks(Walks):
 
     def _grad(self, item: Item) -> torch.Tensor:
         """The gradient to descend, in the dtype of the arithmetic; each walk makes its own."""
-        return item.grad.to(working_dtype(item.param)) * self._rows[item.row][Column.GRAD_FACTOR]
+        grad = item.grad.to(working_dtype(item.param))
+        factor = self._rows[item.row][Column.GRAD_FACTOR]
+        is_one = not isinstance(factor, torch.Tensor) and factor == 1.0  # would only copy
+        return grad if is_one else grad * factor
