@@ -94,6 +94,7 @@ class CautiousOptimizer(Optimizer):
             raise
         self._layouts.forget()
 
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients to a total 2-norm of ``max_norm`` within the next ``step()``.
 

@@ -45,7 +45,9 @@ def _triton_walks(implementation: Implementation, device: torch.device) -> type[
         return EagerWalks
     from effx_dist.optim.kernels import triton_walks
 
-    if not triton_walks.runs_on(device):
+    if not triton_walks.runs_on(device):  # on a GPU: kernels run in Triton's interpreter
+        if implementation == "auto":
+            return EagerWalks
         raise _misplaced(implementation, device, "CUDA and ROCm devices")
     return triton_walks.TritonWalks
 
