@@ -111,6 +111,21 @@ def test_sgd_before_its_first_step_has_no_buffer_to_take_over() -> None:
     assert_equal(snapshot(opt), snapshot(fresh))
 
 
+def test_a_lion_that_counts_no_steps_can_be_taken_over() -> None:
+    ours, theirs = CautiousLion(make_params()), CautiousLion(make_params())
+    train(ours, range(2))
+    state = copy.deepcopy(ours.state_dict())
+    for of_param in state["state"].values():
+        del of_param["step"]  # as in most Lions there are
+    theirs.load_state_dict(state)
+    for param, value in zip(make_params_of(theirs), make_params_of(ours), strict=True):
+        param.data.copy_(value.detach())
+    for opt in (ours, theirs):
+        train(opt, range(2, 3))
+    found, expected = ([param.detach() for param in make_params_of(opt)] for opt in (theirs, ours))
+    assert_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("plain", "ours", "told"),
     [

@@ -112,8 +112,9 @@ def plan_step(
             continue
         rule = rule_of(group)
         of_group = [states[member.param] for member in members]
+        keys = (*rule.moment_names, "step") if rule.counts_steps else rule.moment_names
         for member, state in zip(members, of_group, strict=True):
-            if any(state.get(name) is None for name in rule.moment_names):
+            if any(state.get(key) is None for key in keys):
                 start_state(state, rule, member.param, group["capturable"])
         row_of = _add_rows(plan, rows, rule, group, of_group)
         _add_items(batches, layout, rule, group, members, of_group, row_of)
