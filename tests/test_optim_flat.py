@@ -242,3 +242,21 @@ def test_a_gradient_with_strides_of_its_own() -> None:
         ).step()
         values.append(local.detach())
     assert torch.equal(*values)
+
+
+def test_a_flat_tensor_in_the_place_of_the_parameters_is_refused_without_a_map() -> None:
+    params = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    opt = CautiousAdamW(params)
+    flat = torch.ones(
+        5, requires_grad=True
+    )  # what ZeRO puts into the groups of the optimiser given to it
+    opt.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones(5)
+    with pytest.raises(
+        LayoutMismatchError, match=r"parameter 0 of group 0, of shape \(5,\).*shard_map"
+    ):
+        opt.step()
+    assert torch.equal(flat, torch.ones(5))
+    opt.shard_map = lambda found: ShardMap.of_tensors([("flat", found[0])])
+    opt.step()
+    assert opt.alignment == {"flat": 1.0}

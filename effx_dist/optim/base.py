@@ -93,6 +93,7 @@ class CautiousOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._layouts.forget()
+        self._layouts.note_given(self.param_groups[-1]["params"])
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -134,7 +135,8 @@ class CautiousOptimizer(Optimizer):
         Raises:
             ConfigError: ``implementation`` is not for the device of a parameter.
             LayoutMismatchError: a gradient is sparse, complex or laid out unlike its parameter, or
-                how a parameter is cut cannot be told. On this rank nothing was changed then.
+                how a parameter is cut cannot be told, as where an engine has put flat partitions in the
+                place of those given here. On this rank nothing was changed then.
         """
         loss = None
         if closure is not None:
@@ -223,6 +225,8 @@ class CautiousOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+            if "_layouts" in state:  # a copy, with parameters of its own
+                self._layouts.note_given(group["params"])
 
 
 def _count(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from effx_dist.errors import ConfigError, LayoutMismatchError
 from effx_dist.optim.layout import DTYPES, Layout, ShardMapSource, draw_layout
@@ -22,6 +24,14 @@ class Layouts:
     def __init__(self, source: ShardMapSource | None) -> None:
         self._source = source
         self._drawn: dict[tuple[int, ...], Layout] = {}
+        self._given: dict[int, ReferenceType[torch.Tensor]] | None = None
+
+    def note_given(self, params: Iterable[torch.Tensor]) -> None:
+        """Parameters that the caller gave to the optimiser. Once there are some, a plain tensor that is
+        none of them is refused: an engine has put it in their place.
+        """
+        self._given = self._given or {}
+        self._given |= {id(param): ref(param) for param in params}
 
     @property
     def source(self) -> ShardMapSource | None:
@@ -43,6 +53,8 @@ class Layouts:
         """
         key = tuple(id(param) for group in groups for param in group["params"])
         if key not in self._drawn:
+            if self._source is None and self._given is not None:
+                _refuse_strangers(groups, self._given)
             # A layout keeps its parameters alive, so that no id is used again.
             self._drawn[key] = draw_layout(groups, self._source)
         return self._drawn[key]
@@ -92,6 +104,22 @@ def check_dtypes(group: Mapping[str, Any]) -> None:
                 f"{name}: dtype {param.dtype} must be one of {', '.join(map(str, DTYPES))}; "
                 "view a complex parameter as real, leave an integer one out"
             )
+
+
+def _refuse_strangers(
+    groups: Iterable[Mapping[str, Any]], given: Mapping[int, ReferenceType[torch.Tensor]]
+) -> None:
+    """ZeRO and others put flat partitions in the parameters' place, which look like whole tensors."""
+    for number, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            known = given.get(id(param))
+            if not isinstance(param, DTensor) and (known is None or known() is not param):
+                raise LayoutMismatchError(
+                    f"parameter {index} of group {number}, of shape {tuple(param.shape)}, is none that "
+                    "this optimiser was given: an engine has put it in their place, and which parts of "
+                    "which parameters it holds cannot be told; set opt.shard_map (for whole tensors to "
+                    "a function that returns ShardMap.of_tensors of them)"
+                )
 
 
 def _lost_shard_map(params: object) -> ShardMap:
