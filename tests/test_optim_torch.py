@@ -264,6 +264,16 @@ def test_a_clip_serves_one_step() -> None:
     assert_equal(snapshot(opt), snapshot(fresh))
 
 
+def test_a_clip_goes_with_the_gradients_that_it_was_for() -> None:
+    opt, fresh = CautiousSGD(make_params()), CautiousSGD(make_params())
+    set_grads(opt, 7)
+    opt.clip_grad_norm_(1e-3)
+    opt.zero_grad()  # the step was left out
+    for each in (opt, fresh):
+        train(each, range(1))
+    assert_equal(snapshot(opt), snapshot(fresh))
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
 def test_a_bound_of_no_sense_is_refused(max_norm: float) -> None:
     opt = CautiousAdamW(make_params())

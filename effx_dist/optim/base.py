@@ -95,6 +95,11 @@ class CautiousOptimizer(Optimizer):
         self._layouts.forget()
         self._layouts.note_given(self.param_groups[-1]["params"])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; a clipping that no step has used goes with the gradients it was for."""
+        self._clipping = None
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients to a total 2-norm of ``max_norm`` within the next ``step()``.
