@@ -164,15 +164,17 @@ def _cautious_step(torch: Any) -> str:
     """Which implementation of the step serves this machine; builds the compiled one if need be."""
     if torch is None:
         return ""
-    from effx_dist.optim.kernels import walks_class
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        name = walks_class("auto", device).__name__
-    return (
-        str(caught[0].message) if caught else f"{device.type}: {name.removesuffix('Walks').lower()}"
-    )
+        try:
+            kernels = importlib.import_module("effx_dist.optim.kernels")
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            name = kernels.walks_class("auto", device).__name__
+        except Exception as error:  # a package that it needs is missing or broken
+            return f"{type(error).__name__}: {error}"
+    if caught:
+        return str(caught[0].message)
+    return f"{device.type}: {name.removesuffix('Walks').lower()}"
 
 
 def _feature(name: str, obstacle: str, note: str = "") -> Part:
