@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effx_dist.core import cautious
+from tests.random_values import random_values
 
 NAN, INF = float("nan"), float("inf")
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30, 1.0, -2.0, 3e38, -3e38, INF, -INF, NAN]
-
-
-def random_values(num: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normal values over many orders of magnitude, with zeros among them."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(num, generator=generator, dtype=torch.float64)
-    values *= torch.pow(10.0, torch.randint(-6, 3, (num,), generator=generator))
-    values[torch.rand(num, generator=generator) < 0.05] = 0
-    return values.to(dtype)
 
 
 def test_signs_agree_as_the_exact_product_does() -> None:

@@ -37,6 +37,7 @@ from effx_dist.shard import (
     pieces_of_flat_range,
     pieces_of_tensor,
     run_ranks,
+    start_sum,
 )
 from tests.ranks import spawn
 
@@ -87,10 +88,19 @@ def test_a_shard_map_of_plain_tensors_has_one_whole_piece_each() -> None:
     assert [whole.numel for whole in shards.wholes] == [12, 1, 0, 5]
 
 
+def sum_over_holders(shards: ShardMap, values: torch.Tensor) -> torch.Tensor:
+    """Sum a statistic of this rank's pieces of each whole over its holders, in place."""
+    for groups, index in shards.by_groups.items():
+        packed = values[index]
+        start_sum(groups, packed)()
+        values[index] = packed
+    return values
+
+
 def test_nothing_is_summed_where_nothing_is_sharded() -> None:
     shards = ShardMap.of_tensors([("a", torch.zeros(3)), ("b", torch.zeros(2))])
     values = torch.tensor([4, 2**53 + 1])
-    assert shards.sum_over_holders(values) is values
+    assert sum_over_holders(shards, values) is values
     assert values.tolist() == [4, 2**53 + 1]
 
 
@@ -163,7 +173,7 @@ def test_one_all_reduce_where_all_tensors_are_spread_alike() -> None:
         counting = CountingGroup(group)
         wholes = [WholeTensor(name, (4,), (counting,)) for name in "abc"]
         values = torch.tensor([group.rank, 2**53 + 1, -group.rank])
-        assert ShardMap(wholes, []).sum_over_holders(values) is values
+        assert sum_over_holders(ShardMap(wholes, []), values) is values
         assert values.tolist() == [3, 3 * (2**53 + 1), -3]
         assert counting.num_calls == 1
 
@@ -179,7 +189,7 @@ def test_replicated_tensors_beside_sharded_ones_are_not_summed() -> None:
             WholeTensor("c", (4,), (counting,)),
         ]
         values = torch.tensor([1, 10, 100])
-        ShardMap(wholes, []).sum_over_holders(values)
+        sum_over_holders(ShardMap(wholes, []), values)
         assert values.tolist() == [3, 10, 300]
         assert counting.num_calls == 1
 
@@ -197,7 +207,7 @@ def test_mixed_sets_of_groups_take_one_all_reduce_per_set_and_axis() -> None:
             WholeTensor("down", (4,), (down,)),
         ]
         values = torch.tensor([10 * row + column, 10 * row + column, 7, 1, 10 * row + column])
-        ShardMap(wholes, []).sum_over_holders(values)
+        sum_over_holders(ShardMap(wholes, []), values)
         assert values.tolist() == [
             sum(10 * r + c for r in range(2) for c in range(3)),
             sum(10 * row + c for c in range(3)),
@@ -225,7 +235,7 @@ def test_tensors_spread_over_one_group_by_two_handles_share_an_all_reduce() -> N
     wholes = [
         WholeTensor(name, (1,), (handle,)) for name, handle in zip("ab", handles, strict=True)
     ]
-    ShardMap([*wholes, WholeTensor("c", (1,))], []).sum_over_holders(torch.tensor([1, 2, 3]))
+    sum_over_holders(ShardMap([*wholes, WholeTensor("c", (1,))], []), torch.tensor([1, 2, 3]))
     assert sum(handle.num_calls for handle in handles) == 1
 
 
@@ -282,7 +292,7 @@ def _check_sums(tensors: list[tuple[str, DTensor]]) -> None:
     """A count of the local elements, summed over the holders, is that of the whole tensor."""
     shards = ShardMap.of_tensors(tensors)
     counts = torch.tensor([sum(p.numel for p in local) for local in shards.pieces])
-    shards.sum_over_holders(counts)
+    sum_over_holders(shards, counts)
     assert counts.tolist() == [whole.numel for whole in shards.wholes]
 
 

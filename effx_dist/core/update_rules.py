@@ -58,7 +58,16 @@ class UpdateRule(ABC):
         """
 
 
-class AdamW(UpdateRule):
+class _Averaging(UpdateRule):
+    """Its update has the signs of ``beta1 * m + (1 - beta1) * g``, the first two coefficients."""
+
+    def signs(
+        self, coefficients: Sequence[Scalar], moments: Sequence[torch.Tensor], grad: torch.Tensor
+    ) -> torch.Tensor:
+        return (moments[0] * coefficients[0]).add_(grad * coefficients[1])
+
+
+class AdamW(_Averaging):
     """Adam's update (arXiv 1711.05101), eps where torch.optim adds it::
 
     m = beta1 * m + (1 - beta1) * g
@@ -84,11 +93,6 @@ class AdamW(UpdateRule):
             eps,
         )
 
-    def signs(
-        self, coefficients: Sequence[Scalar], moments: Sequence[torch.Tensor], grad: torch.Tensor
-    ) -> torch.Tensor:
-        return _mix(moments[0], coefficients[0], grad, coefficients[1])
-
     def advance_(
         self, coefficients: Sequence[Scalar], moments: Sequence[torch.Tensor], grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +104,7 @@ class AdamW(UpdateRule):
         return (exp_avg * inverse_correction).div_(denominator), exp_avg
 
 
-class Lion(UpdateRule):
+class Lion(_Averaging):
     """Lion's update (arXiv 2302.06675), of the moment before this step::
 
         u = sign(beta1 * m + (1 - beta1) * g)
@@ -115,11 +119,6 @@ class Lion(UpdateRule):
     def coefficients(self, settings: Mapping[str, Any], step: Scalar) -> tuple[Scalar, ...]:
         beta1, beta2 = settings["betas"]
         return (beta1, 1 - beta1, beta2, 1 - beta2)
-
-    def signs(
-        self, coefficients: Sequence[Scalar], moments: Sequence[torch.Tensor], grad: torch.Tensor
-    ) -> torch.Tensor:
-        return _mix(moments[0], coefficients[0], grad, coefficients[1])
 
     def advance_(
         self, coefficients: Sequence[Scalar], moments: Sequence[torch.Tensor], grad: torch.Tensor
@@ -171,10 +170,6 @@ class NesterovSGD(SGD):
         buffer, _ = super().advance_(coefficients, moments, grad)
         update = (buffer * coefficients[0]).add_(grad)
         return update, update
-
-
-def _mix(old: torch.Tensor, share: Scalar, new: torch.Tensor, rest: Scalar) -> torch.Tensor:
-    return (old * share).add_(new * rest)
 
 
 def _rounded_sqrt(values: torch.Tensor) -> torch.Tensor:

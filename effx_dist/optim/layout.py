@@ -213,7 +213,7 @@ def _slots(shard_map: ShardMap) -> tuple[tuple[int, ...], tuple[Bucket, ...]]:
     buckets: list[Bucket] = []
     start = 0
     for groups, indices in shard_map.by_groups.items():
-        for offset, index in enumerate(indices.tolist()):
+        for offset, index in enumerate(indices):
             slots[index] = start + offset
         buckets.append(Bucket(groups, start, start + len(indices)))
         start += len(indices) + 1

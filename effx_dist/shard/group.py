@@ -28,10 +28,6 @@ _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _nothing_to_wait_for() -> None:
-    pass
-
-
 class Group(ABC):
     """Ranks ``0 .. size - 1`` and this one's place among them."""
 
@@ -49,7 +45,7 @@ class Group(ABC):
         This default has reduced it on return.
         """
         self.all_reduce(tensor, op)
-        return _nothing_to_wait_for
+        return lambda: None
 
     @abstractmethod
     def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:

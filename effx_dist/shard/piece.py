@@ -149,36 +149,20 @@ class ShardMap:
         return cls([whole for whole, _ in described], [pieces for _, pieces in described])
 
     @cached_property
-    def by_groups(self) -> dict[tuple[Group, ...], torch.Tensor]:
-        """Indices (int64) of the whole tensors by the groups they are spread over, in an order that
+    def by_groups(self) -> dict[tuple[Group, ...], list[int]]:
+        """Indices of the whole tensors by the groups they are spread over, in an order that
         all ranks share."""
         found: dict[tuple[Group, ...], list[int]] = {}
         for index, whole in enumerate(self.wholes):
             found.setdefault(whole.groups, []).append(index)
-        return {groups: torch.tensor(index) for groups, index in found.items()}
-
-    def sum_over_holders(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values[i]`` ([num wholes], a statistic of this rank's pieces of whole i) over its
-        holders.
-
-        In place. One all-reduce per set of groups and group in it: exactly one under plain FSDP2 or
-        ZeRO, none where nothing is sharded. Integers are summed exactly, in any order of the ranks.
-        """
-        for groups, index in self.by_groups.items():
-            if len(index) == len(self.wholes):
-                start_sum(groups, values)()
-            elif groups:
-                packed = values[index]
-                start_sum(groups, packed)()
-                values[index] = packed
-        return values
+        return found
 
 
 def start_sum(groups: Sequence[Group], values: torch.Tensor) -> Callable[[], None]:
     """Begin to sum ``values`` in place over each of the groups in turn: one all-reduce per group.
 
     They may be read once the returned function has been called. No communication is performed
-    without a group.
+    without a group. Integers are summed exactly, in any order of the ranks.
     """
     if not groups:
         return lambda: None

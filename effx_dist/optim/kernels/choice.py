@@ -59,7 +59,7 @@ def _has_triton() -> bool:
     except ImportError as error:
         warnings.warn(
             f"Triton cannot be imported ({error}); the eager cautious step is used: the same values, "
-            "several times slower. Install the triton package that belongs to your torch.",
+            "but slower. Install the triton package that belongs to your torch.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -17,7 +17,7 @@ from effx_dist.core.cautious import MIN_FRACTION
 from effx_dist.core.update_rules import AdamW, UpdateRule
 from effx_dist.optim.kernels.eager import EagerWalks
 from effx_dist.optim.kernels.library import library
-from effx_dist.optim.kernels.walks import Item, Walks, readable_grad, working_dtype
+from effx_dist.optim.kernels.walks import Item, Walks, described, readable_grad, working_dtype
 
 _RULES = {"adamw": 0, "lion": 1, "sgd": 2, "nesterov": 3}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -74,15 +74,8 @@ def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 def _describe(item: Item, grad: torch.Tensor) -> list[int]:
     """A row of the table, as struct Piece of cautious.cpp has it."""
-    first, second = item.moments[0], item.moments[-1]
     return [
-        item.param.data_ptr(),
-        grad.data_ptr(),
-        first.data_ptr(),
-        second.data_ptr(),
-        item.param.numel(),
-        item.row,
-        item.slot,
+        *described(item, grad),
         _TYPES[item.param.dtype],
         _TYPES[grad.dtype],
         item.decays_cautiously,

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from effx_dist.core.update_rules import UpdateRule
 from effx_dist.optim.kernels.triton_kernels import PieceColumn, count_kernel, update_kernel
-from effx_dist.optim.kernels.walks import Item, Walks, readable_grad
+from effx_dist.optim.kernels.walks import Item, Walks, described, readable_grad
 from effx_dist.optim.rows import is_capturing, to_device
 
 BLOCK = 4096
@@ -158,17 +158,7 @@ def _plan_launches(
 
 def _describe(item: Item, grad: torch.Tensor) -> list[int]:
     """A row of the table."""
-    first, second = item.moments[0], item.moments[-1]
-    return [
-        item.param.data_ptr(),
-        grad.data_ptr(),
-        first.data_ptr(),
-        second.data_ptr(),
-        item.param.numel(),
-        item.row,
-        item.slot,
-        int(item.decays_cautiously),
-    ]
+    return [*described(item, grad), int(item.decays_cautiously)]
 
 
 def _blocks(numels: tuple[int, ...], device: torch.device) -> torch.Tensor:
