@@ -27,7 +27,13 @@ from torch.futures import Future
 
 from effx_dist.checkpoint.blockfile import REMEDY, BlockReader, open_regular
 from effx_dist.checkpoint.chunks import ChunkDecoder
-from effx_dist.checkpoint.folder import MANIFEST, local_folder, newest_step, step_name
+from effx_dist.checkpoint.folder import (
+    MANIFEST,
+    local_folder,
+    newest_step,
+    require_committed,
+    step_name,
+)
 from effx_dist.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
     Delta,
@@ -202,6 +208,17 @@ class ChainReader:
         self.close()
 
 
+def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> ChainReader:
+    """The checkpoint at ``path`` (``.../step-N``), or that of ``step`` (default: the newest) in a
+    folder of them. Raises as :class:`StepReader` does, and CheckpointNotFoundError."""
+    folder = local_folder(path)
+    if step is not None:
+        folder = folder / step_name(require_committed(folder, step))
+    elif not (folder / MANIFEST).exists():
+        folder = folder / step_name(newest_step(folder))
+    return ChainReader(folder)
+
+
 class ExcpReader(StorageReader):
     """Reads checkpoints of :class:`ExcpWriter` for torch.distributed.checkpoint, into any layout.
 
@@ -219,10 +236,7 @@ class ExcpReader(StorageReader):
     def chain(self) -> ChainReader:
         """The open chain. Raises as :class:`StepReader` does."""
         if self._chain is None:
-            folder = self.path
-            if not (folder / MANIFEST).exists():
-                folder = folder / step_name(newest_step(folder))
-            self._chain = ChainReader(folder)
+            self._chain = open_checkpoint(self.path)
         return self._chain
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
