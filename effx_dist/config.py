@@ -144,6 +144,15 @@ class ExcpConfig(_Section):
     """Saves from one base (stored without a residual) to the next, >= 1. Default 50: a base is far
     larger than a residual, and a shorter chain would spend most of the bytes on bases."""
 
+    base_every_size: Annotated[Number, Field(gt=0)] | None = None
+    """Start a new base as soon as the saves since the last one take up this many times its bytes (no
+    unit, > 0), whatever base_every says. Default null: base_every alone decides."""
+
+    seeded_base: StrictBool = False
+    """Whether the weights as they are before the first step become a base that is not stored: only
+    their hash is, and a load must start from a model initialised the same way. Default false: what
+    initialises a model (library versions, device) may change while a run lasts."""
+
     async_mode: Literal["sync", "thread", "process"] = "thread"
     """Where a save is encoded and written: "sync" inside the call, "thread" in a background thread,
     "process" in a process of its own. Default "thread": the heavy parts run outside the interpreter
@@ -154,6 +163,19 @@ class ExcpConfig(_Section):
     policy: Literal["wait", "skip"] = "wait"
     """What a save does while the previous one is in flight: "wait" for it, or "skip" this one
     (counted and logged). Default "wait": no checkpoint that was asked for is missing."""
+
+    max_pending: Annotated[StrictInt, Field(ge=1, le=1)] = 1
+    """Saves in flight at a time. Default 1, and no more in this version: each holds a copy of the
+    state."""
+
+    encoder_threads: Annotated[StrictInt, Field(ge=1, le=1024)] = 1
+    """Cores that the encoding of a save may keep busy on each rank, >= 1. Default 1: training keeps the
+    others."""
+
+    save_on_sigterm: StrictBool = False
+    """Whether the first SIGTERM is remembered instead of ending the process, so that a training loop can
+    ask for `checkpointer.should_stop` and save once more (preemption). Default false: signals
+    belong to whoever wrote the loop."""
 
     keep_latest_k: Annotated[StrictInt, Field(ge=0)] = 5
     """Number of newest checkpoints kept, 0 = keep all. Bases that they need are kept as well.
@@ -167,6 +189,10 @@ class ExcpConfig(_Section):
     """Largest relative root-mean-square error (no unit, > 0) that a lossy save may leave in a
     weight tensor; a tensor beyond it is stored losslessly in that save. Default null: the profile
     alone decides."""
+
+    manifest_sha256: StrictBool = False
+    """Whether each manifest's SHA-256 is written beside it, as `sha256sum` writes it, for those who
+    sign checkpoints. Default false: the xxh3 checksums find damage."""
 
 
 class EffxConfig(_Section):
