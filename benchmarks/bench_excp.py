@@ -5,6 +5,7 @@ against the first by every profile, resumes from each reconstruction, and prints
 every stream and the quantisers' JSON; one-dimensional tensors are stored losslessly and counted.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_excp.py > result.json
+    OMP_NUM_THREADS=1 python benchmarks/bench_excp.py --blocks 16   # speed of a save's blocks alone
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import xxhash
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from effx_dist.checkpoint import coding
+from effx_dist.checkpoint.chunks import ChunkEncoder, JointParts
+from effx_dist.checkpoint.joints import Joint
+from effx_dist.checkpoint.manifest import BLOCK_NUMEL
+from effx_dist.checkpoint.quantisers import JointSpec
+from effx_dist.checkpoint.quantisers import measure as measure_joints
 from effx_dist.codecs.planes import BytePlanes
 from effx_dist.codecs.symbols import pack, pack_inside, unpack, unpack_inside
 from effx_dist.core.excp import (
@@ -38,7 +47,10 @@ from effx_dist.core.excp import (
     ranges,
     sums,
 )
+from effx_dist.native.excp import kernels
+from effx_dist.shard import Box, SoloGroup
 
+T = TypeVar("T")
 SEQUENCE, BATCH, WARM_UP = 128, 8, 50
 State = dict[str, JointArrays]
 
@@ -229,6 +241,79 @@ def speed(profile: str, numel: int) -> dict[str, int]:
     return {"encode_mb_s": round(rate / min(encode_s)), "decode_mb_s": round(rate / min(decode_s))}
 
 
+class Payloads(list[bytes]):
+    """Data files in memory, as the encoder writes them."""
+
+    def append(self, payload: bytes, file: int) -> dict[str, object]:  # type: ignore[override]
+        super().append(payload)
+        checksum = xxhash.xxh3_128_hexdigest(payload)
+        return {"offset": 0, "length": len(payload), "xxh3": checksum}
+
+
+def block_speed(num_blocks: int, profile: str, threads: int) -> dict[str, float]:
+    """Wall time of what a rank's save and load do with one synthetic fp32 weight of so many blocks:
+    MB/s of raw state for links, MB/s of the tensor for bases, best of 3."""
+    rng = np.random.default_rng(0)
+    numel = num_blocks * BLOCK_NUMEL
+    box, draw = Box((0,), (numel,)), lambda: rng.laplace(size=numel).astype(np.float32)
+    reference = torch.from_numpy(draw() * np.float32(0.02))
+    weight = reference + torch.from_numpy(draw() * np.float32(1e-3))
+    first = torch.from_numpy(draw() * np.float32(1e-4))
+    second = torch.from_numpy(np.square(draw()) * np.float32(1e-8))
+    parts = JointParts(box, weight, reference, first, second)
+    spec, kept = JointSpec(Joint("w", "m", "v"), numel), torch.empty_like(weight)
+
+    def save_link() -> tuple[JointQuantiser, Payloads]:
+        rounds = measure_joints([spec], {"w": [parts]}, PROFILES[profile], SoloGroup(), threads)
+        ChunkEncoder(payloads := Payloads(), threads).joint(parts, rounds["w"].quantiser, kept)
+        return rounds["w"].quantiser, payloads
+
+    def save_lossless(is_delta: bool) -> Payloads:
+        encoder = ChunkEncoder(payloads := Payloads(), threads)
+        encoder.delta(box, weight, reference) if is_delta else encoder.planes(box, weight)
+        return payloads
+
+    link_s, (quantiser, link) = best_of_3(save_link)
+    base_s, base = best_of_3(lambda: save_lossless(False))
+    delta_s, delta = best_of_3(lambda: save_lossless(True))
+    values = reference.clone().split(BLOCK_NUMEL)
+
+    def each(payloads: list[bytes], decode: Callable[[torch.Tensor, bytes], object]) -> float:
+        begun = lambda: [decode(*pair) for pair in zip(values, payloads, strict=True)]  # noqa: E731
+        return best_of_3(begun)[0]
+
+    apply_s = each(link[::3], lambda v, p: coding.add_residual_(v, p, quantiser))
+    undo_s = each(delta, coding.undo_delta_)
+    read_s = each(base, lambda v, p: coding.decode_planes(p, 4, v.numel()))
+    joints = [coding.JointPayloads(*link[i : i + 3]) for i in range(0, len(link), 3)]
+    decode_s = best_of_3(lambda: [coding.decode_joint(j, BLOCK_NUMEL, quantiser) for j in joints])[
+        0
+    ]
+    megabytes = 4 * numel / 1e6
+    return {
+        "ratio": round(12 * numel / sum(map(len, link)), 1),
+        "encode_mb_s": round(3 * megabytes / link_s),
+        "decode_mb_s_one_thread": round(3 * megabytes / decode_s),
+        "apply_link_ns_per_parameter": round(apply_s / numel * 1e9, 2),
+        "base_ratio": round(4 * numel / sum(map(len, base)), 3),
+        "base_encode_mb_s": round(megabytes / base_s),
+        "base_decode_mb_s_one_thread": round(megabytes / read_s),
+        "delta_ratio": round(4 * numel / sum(map(len, delta)), 3),
+        "delta_encode_mb_s": round(megabytes / delta_s),
+        "undo_delta_ns_per_parameter": round(undo_s / numel * 1e9, 2),
+    }
+
+
+def best_of_3(run: Callable[[], T]) -> tuple[float, T]:
+    """Shortest wall time, and the last result."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark."""
     steps, interval = options.steps, options.interval
@@ -281,7 +366,16 @@ def main() -> None:
     parser.add_argument("--after", type=int, nargs="+", default=[50, 100])
     parser.add_argument("--profiles", nargs="+", default=["excp", "safe", "balanced", "small"])
     parser.add_argument("--speed-numel", type=int, default=1 << 22)
-    print(json.dumps(measure(parser.parse_args()), indent=1))
+    parser.add_argument("--blocks", type=int, help="measure speed on so many blocks, and no model")
+    options = parser.parse_args()
+    if options.blocks is None:
+        print(json.dumps(measure(options), indent=1))
+        return
+    compiled = {"compiled": kernels() is not None}
+    for profile in options.profiles:
+        for threads in (1, 2):
+            figures = block_speed(options.blocks, profile, threads)
+            print(json.dumps({"profile": profile, "threads": threads, **compiled, **figures}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
-from effx_dist.core.excp import delta_bits, undo_delta_bits
+from effx_dist.core.excp import (
+    delta_bits,
+    folded_delta,
+    undo_delta_bits,
+    undo_folded_delta_,
+)
 
 TYPES = ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u8", "?"]
 
@@ -25,6 +30,20 @@ def test_round_trip_is_bit_exact(dtype: str) -> None:
     assert back.dtype == current.dtype
     assert back.shape == current.shape
     assert back.tobytes() == current.tobytes()
+    values = reference.copy()
+    undo_folded_delta_(folded_delta(current, reference), values)
+    assert values.dtype == current.dtype
+    assert values.tobytes() == current.tobytes()
+
+
+def test_values_that_cannot_be_changed_in_place_are_refused() -> None:
+    values = np.zeros((4, 4), dtype=np.float32)
+    with pytest.raises(ValueError, match="contiguous"):
+        undo_folded_delta_(np.zeros((4, 4), dtype=np.uint32), values.T)
+    with pytest.raises(ValueError, match="as wide and as long"):
+        undo_folded_delta_(np.zeros(4, dtype=np.uint32), values)
+    with pytest.raises(ValueError, match="must be float32"):
+        folded_delta(values, values.astype(np.float64)[:0])
 
 
 @given(hnp.arrays(np.float32, 9), hnp.arrays(np.float32, 9))

@@ -22,6 +22,7 @@ MAX_PUBLIC_NAMES = 12
 LAYERS = [
     ["errors"],
     ["config"],
+    ["native"],
     ["core", "codecs"],
     ["shard"],
     ["data", "optim", "checkpoint"],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from effx_dist.checkpoint import coding
-from effx_dist.checkpoint.blockfile import BlockReader, BlockWriter
+from effx_dist.checkpoint.blockfile import MOMENTS, VALUES, BlockReader, RankFiles
 from effx_dist.checkpoint.manifest import (
     BLOCK_NUMEL,
     MAX_INLINE_BYTES,
@@ -19,13 +21,15 @@ from effx_dist.checkpoint.manifest import (
     JointSecondMoment,
     JointWeight,
     Planes,
+    Seeded,
     TensorRecord,
 )
 from effx_dist.core.excp import JointArrays, JointQuantiser
 from effx_dist.errors import CorruptCheckpointError
-from effx_dist.shard import Box, flat_start
+from effx_dist.shard import Box
 
 T = TypeVar("T")
+Argument = TypeVar("Argument")
 
 
 def block_ranges(numel: int) -> Iterator[slice]:
@@ -45,48 +49,79 @@ class JointParts:
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor | None
 
-    def blocks(self) -> Iterator[tuple[slice, JointArrays]]:
-        """Each block's flat range and its arrays, residual taken."""
-        for cut in block_ranges(self.box.numel):
-            second = None if self.exp_avg_sq is None else self.exp_avg_sq[cut]
-            yield (
-                cut,
-                coding.joint_arrays(
-                    self.weight[cut], self.reference[cut], self.exp_avg[cut], second
-                ),
-            )
+    def arrays(self, cut: slice) -> JointArrays:
+        """One block, given its flat range; residual taken."""
+        second = None if self.exp_avg_sq is None else self.exp_avg_sq[cut]
+        return coding.joint_arrays(self.weight[cut], self.reference[cut], self.exp_avg[cut], second)
+
+
+def in_order(
+    function: Callable[[Argument], T], arguments: Iterable[Argument], threads: int
+) -> Iterator[T]:
+    """``function`` of each argument, in order, on so many threads; on this one if that is 1.
+
+    At most ``threads`` + 1 results are begun and not yet taken.
+    """
+    if threads == 1:
+        yield from map(function, arguments)
+        return
+    with ThreadPoolExecutor(threads, "effx-encode") as pool:
+        begun: deque[Future[T]] = deque()
+        try:
+            for argument in arguments:
+                begun.append(pool.submit(function, argument))
+                if len(begun) > threads:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
 
 
 class ChunkEncoder:
-    """Encodes chunks into the blocks of one rank's data file."""
+    """Encodes chunks into the blocks of one rank's data files. Moments go to a file of their own,
+    which a step may lose when it is kept for its weights alone.
 
-    def __init__(self, file: BlockWriter) -> None:
-        self._file = file
+    Blocks of a chunk are coded on up to ``threads`` threads and written in order: the files do not
+    depend on how many.
+    """
 
-    def planes(self, box: Box, part: torch.Tensor) -> ChunkRecord:
+    def __init__(self, files: RankFiles, threads: int = 1) -> None:
+        self._files = files
+        self._threads = threads
+
+    def planes(self, box: Box, part: torch.Tensor, is_moment: bool = False) -> ChunkRecord:
         """A chunk losslessly; inline in the manifest where it is small."""
         bits = coding.to_bits(part)
         if bits.nbytes <= MAX_INLINE_BYTES:
             return _chunk(box, inline=bits.tobytes().hex())
         words = bits.size // box.numel
-        payloads = (
-            coding.encode_planes(bits[cut.start * words : cut.stop * words])
-            for cut in block_ranges(box.numel)
-        )
-        return _chunk(box, blocks=[self._file.append(payload) for payload in payloads])
+
+        def encode(cut: slice) -> bytes:
+            return coding.encode_planes(bits[cut.start * words : cut.stop * words])
+
+        return self._blocks(box, encode, MOMENTS if is_moment else VALUES)
 
     def delta(self, box: Box, part: torch.Tensor, reference: torch.Tensor) -> ChunkRecord:
         """A chunk losslessly, as the difference to its reference."""
         bits, old = coding.to_bits(part), coding.to_bits(reference)
         words = bits.size // box.numel
-        payloads = (
-            coding.encode_delta(
-                bits[cut.start * words : cut.stop * words],
-                old[cut.start * words : cut.stop * words],
-            )
-            for cut in block_ranges(box.numel)
-        )
-        return _chunk(box, blocks=[self._file.append(payload) for payload in payloads])
+
+        def encode(cut: slice) -> bytes:
+            inside = slice(cut.start * words, cut.stop * words)
+            return coding.encode_delta(bits[inside], old[inside])
+
+        return self._blocks(box, encode, VALUES)
+
+    def _blocks(self, box: Box, encode: Callable[[slice], bytes], file: int) -> ChunkRecord:
+        payloads = self._each_block(box, encode)
+        blocks = [self._files.append(payload, file) for payload in payloads]
+        return _chunk(box, file=file, blocks=blocks)
+
+    def _each_block(self, box: Box, encode: Callable[[slice], T]) -> Iterator[T]:
+        threads = self._threads if box.numel > BLOCK_NUMEL else 1
+        return in_order(encode, block_ranges(box.numel), threads)
 
     def joint(
         self, parts: JointParts, quantiser: JointQuantiser, reconstruction: torch.Tensor
@@ -96,19 +131,23 @@ class ChunkEncoder:
         Fills the flat ``reconstruction`` (which may be the weight itself) with what a reader will
         decode.
         """
-        weight, first, second = [], [], []
-        for cut, arrays in parts.blocks():
-            payloads, residual = coding.quantise(quantiser, arrays)
+
+        def encode(cut: slice) -> coding.JointPayloads:
+            payloads, residual = coding.quantise(quantiser, parts.arrays(cut))
             reconstruction[cut] = coding.add_residual(parts.reference[cut], residual)
-            weight.append(self._file.append(payloads.weight))
+            return payloads
+
+        weight, first, second = [], [], []
+        for payloads in self._each_block(parts.box, encode):
+            weight.append(self._files.append(payloads.weight, VALUES))
             if payloads.exp_avg is not None:
-                first.append(self._file.append(payloads.exp_avg))
+                first.append(self._files.append(payloads.exp_avg, MOMENTS))
             if payloads.exp_avg_sq is not None:
-                second.append(self._file.append(payloads.exp_avg_sq))
+                second.append(self._files.append(payloads.exp_avg_sq, MOMENTS))
         return (
             _chunk(parts.box, blocks=weight),
-            _chunk(parts.box, blocks=first),
-            _chunk(parts.box, blocks=second),
+            _chunk(parts.box, file=MOMENTS, blocks=first),
+            _chunk(parts.box, file=MOMENTS, blocks=second),
         )
 
 
@@ -137,31 +176,14 @@ class ChunkDecoder:
         self._tensors = tensors
         self._quantisers = quantisers
 
-    def decode(
-        self, name: str, chunk_index: int, box: Box, reference: torch.Tensor | None = None
+    def block(
+        self, name: str, chunk_index: int, index: int, old: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The values of ``box``, which lies inside the chunk.
+        """The flat values of one block.
 
-        ``reference``: the parent checkpoint's values of the same box, for a tensor stored as a
-        difference. Takes memory for the whole chunk, twice where there is a reference.
+        ``old``: the parent checkpoint's values of the same block, for a tensor stored as a
+        difference; may be overwritten.
         """
-        record = self._tensors[name]
-        chunk = record.chunks[chunk_index].box
-        inside = box.relative_to(chunk).slices
-        flat = torch.empty(chunk.numel, dtype=record.torch_dtype)
-        old = None
-        if reference is not None:
-            old = torch.zeros(chunk.sizes, dtype=reference.dtype)
-            old[inside] = reference
-            old = old.reshape(-1)
-        for index, cut in enumerate(block_ranges(chunk.numel)):
-            if _touches(cut, chunk, box):
-                flat[cut] = self._block(name, chunk_index, index, None if old is None else old[cut])
-        return flat.view(chunk.sizes)[inside]
-
-    def _block(
-        self, name: str, chunk_index: int, index: int, old: torch.Tensor | None
-    ) -> torch.Tensor:
         record = self._tensors[name]
         chunk = record.chunks[chunk_index]
         numel = min(BLOCK_NUMEL, chunk.box.numel - index * BLOCK_NUMEL)
@@ -176,21 +198,22 @@ class ChunkDecoder:
                     return coding.from_bits(bits, record.torch_dtype)
                 case Delta():
                     payload = self._payload(name, chunk_index, index)
-                    bits = coding.to_bits(_required(old, name))
-                    itemsize = record.torch_dtype.itemsize
-                    return coding.from_bits(
-                        coding.decode_delta(payload, itemsize, bits), record.torch_dtype
-                    )
+                    values = _required(old, name)
+                    coding.undo_delta_(values, payload)
+                    return values
                 case JointWeight():
                     payload = self._payload(name, chunk_index, index)
-                    residual = coding.decode_residual(payload, numel, self._quantisers[name])
-                    return coding.add_residual(_required(old, name), residual)
+                    values = _required(old, name)
+                    coding.add_residual_(values, payload, self._quantisers[name])
+                    return values
                 case JointMoment(weight=weight, exp_avg_sq=second):
                     arrays = self._joint((weight, name, second), chunk_index, index, numel)
                     return torch.from_numpy(_required(arrays.m, name))
                 case JointSecondMoment(weight=weight, exp_avg=first):
                     arrays = self._joint((weight, first, name), chunk_index, index, numel)
                     return torch.from_numpy(_required(arrays.v, name))
+                case Seeded():
+                    return _required(old, name)
         except ValueError as error:
             raise CorruptCheckpointError(
                 f"{self._where(record, chunk_index)}: block {index} of {name} cannot be decoded: {error}"
@@ -217,13 +240,3 @@ def _required(value: T | None, name: str) -> T:
     if value is None:
         raise ValueError(f"{name}: is stored as a part of something that is not there")
     return value
-
-
-def _touches(cut: slice, chunk: Box, box: Box) -> bool:
-    """Whether the flat range of a block holds elements between the first and the last of
-    ``box``."""
-    inner = box.relative_to(chunk)
-    last = tuple(o + s - 1 for o, s in zip(inner.offsets, inner.sizes, strict=True))
-    first_index = flat_start(chunk.sizes, inner)
-    last_index = flat_start(chunk.sizes, Box(last, inner.sizes))
-    return bool(cut.start <= last_index and cut.stop > first_index)

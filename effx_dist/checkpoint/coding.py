@@ -14,14 +14,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effx_dist.codecs import BytePlanes, pack, pack_inside, unpack, unpack_inside
+from effx_dist.codecs import (
+    BytePlanes,
+    SymbolParts,
+    pack,
+    pack_inside,
+    unpack,
+    unpack_inside,
+    unpack_parts,
+)
 from effx_dist.core.excp import (
     JointArrays,
     JointQuantiser,
     JointSymbols,
-    delta_bits,
+    folded_delta,
     undo_delta_bits,
+    undo_folded_delta_,
 )
+from effx_dist.native import excp as native
 
 Bits = npt.NDArray[np.unsignedinteger]
 U8 = npt.NDArray[np.uint8]
@@ -31,7 +41,15 @@ _WORDS: dict[int, type[np.unsignedinteger]] = {
     4: np.uint32,
     8: np.uint64,
 }
+_FOLDED = b"\x02"
 _LENGTH = struct.Struct("<I")
+_COMPILED_TYPES = {
+    torch.float32: native.FLOAT32,
+    torch.float16: native.FLOAT16,
+    torch.bfloat16: native.BFLOAT16,
+}
+_LARGEST_NIBBLE_SYMBOL = 15
+_NO_SYMBOLS = SymbolParts(None, 0, np.empty(0, np.uint8), np.empty(0, np.uint8))
 
 
 def to_bits(values: torch.Tensor) -> Bits:
@@ -60,14 +78,32 @@ def decode_planes(payload: bytes, itemsize: int, numel: int) -> Bits:
 
 
 def encode_delta(bits: Bits, reference: Bits) -> bytes:
-    """Words minus the reference's words, modulo their width, as planes."""
-    return encode_planes(delta_bits(bits, reference))
+    """Words minus the reference's words, modulo their width, folded, as planes after a tag byte."""
+    return _FOLDED + encode_planes(folded_delta(bits, reference))
 
 
-def decode_delta(payload: bytes, itemsize: int, reference: Bits) -> Bits:
-    """The way back, given the same reference words."""
-    numel = reference.nbytes // itemsize
-    return undo_delta_bits(decode_planes(payload, itemsize, numel), reference)
+def undo_delta_(values: torch.Tensor, payload: bytes) -> None:
+    """The way back: the reference's values, flat and contiguous in host memory, become the current
+    ones in place. Raises ValueError for bad payloads, which leave the values as they are."""
+    _check_flat(values)
+    _undo_delta(payload, values.dtype.itemsize, to_bits(values))
+
+
+def _check_flat(values: torch.Tensor) -> None:
+    """Raises ValueError for values that cannot be changed where they lie."""
+    if values.ndim != 1 or not values.is_contiguous() or values.device.type != "cpu":
+        raise ValueError(
+            f"values: shape {tuple(values.shape)} on {values.device}, must be a flat contiguous "
+            "tensor in host memory to be changed in place"
+        )
+
+
+def _undo_delta(payload: bytes, itemsize: int, words: Bits) -> None:
+    numel = words.nbytes // itemsize
+    if payload.startswith(_FOLDED):
+        undo_folded_delta_(decode_planes(payload[1:], itemsize, numel), words)
+    else:  # as written before differences were folded: planes alone, which begin otherwise
+        np.copyto(words, undo_delta_bits(decode_planes(payload, itemsize, numel), words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +134,19 @@ def decode_weight(
 ) -> tuple[U8, npt.NDArray[np.float32]]:
     """The weight's symbols and escapes of one block, and the way back for a block of
     JointPayloads."""
+    packed, escapes = _weight_streams(payload)
+    return unpack(packed, numel, quantiser.num_w_symbols), escapes
+
+
+def _weight_streams(payload: bytes) -> tuple[bytes, npt.NDArray[np.float32]]:
+    """A weight block's packed symbols and its escapes."""
     if len(payload) < _LENGTH.size:
         raise ValueError(f"a weight block of {len(payload)} bytes has no length field")
     end = _LENGTH.size + _LENGTH.unpack_from(payload)[0]
     escapes = payload[end:]
     if end > len(payload) or len(escapes) % 4:
         raise ValueError(f"a weight block of {len(payload)} bytes cannot hold what it states")
-    symbols = unpack(payload[_LENGTH.size : end], numel, quantiser.num_w_symbols)
-    return symbols, np.frombuffer(escapes, dtype="<f4").astype(np.float32)
+    return payload[_LENGTH.size : end], np.frombuffer(escapes, dtype="<f4").astype(np.float32)
 
 
 def decode_joint(payloads: JointPayloads, numel: int, quantiser: JointQuantiser) -> JointArrays:
@@ -129,15 +170,52 @@ def decode_residual(
 
 def residual_of(current: torch.Tensor, reference: torch.Tensor) -> npt.NDArray[np.float32]:
     """Flat fp32 ``current - reference``."""
-    residual: npt.NDArray[np.float32] = (current.float() - reference.float()).reshape(-1).numpy()
+    # numpy stays on this thread, of which an encoder has been given so many
+    pair = (x.detach().float().reshape(-1).numpy() for x in (current, reference))
+    with np.errstate(invalid="ignore", over="ignore"):  # not finite: then it is stored losslessly
+        residual: npt.NDArray[np.float32] = np.subtract(*pair)
     return residual
 
 
 def add_residual(reference: torch.Tensor, residual: npt.NDArray[np.float32]) -> torch.Tensor:
     """The way back, in the weight's own dtype: what a reader gets is what the writer keeps as its
     next reference."""
-    total = reference.float().reshape(-1) + torch.from_numpy(residual)
-    return total.to(reference.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = np.add(reference.detach().float().reshape(-1).numpy(), residual)
+    return torch.from_numpy(total).to(reference.dtype)
+
+
+def add_residual_(values: torch.Tensor, payload: bytes, quantiser: JointQuantiser) -> None:
+    """The reference's flat contiguous host values to the current ones, in place, from a weight
+    block's payload: as add_residual does it, at little more than the cost of the non-zero symbols.
+
+    Raises ValueError for bad payloads, which leave the values as they are.
+    """
+    _check_flat(values)
+    kind, compiled = _COMPILED_TYPES.get(values.dtype), native.kernels()
+    escape = quantiser.escape_symbol
+    first_checked = quantiser.num_w_symbols if escape is None else escape
+    if compiled is None or kind is None or first_checked <= _LARGEST_NIBBLE_SYMBOL:
+        values.copy_(add_residual(values, decode_residual(payload, values.numel(), quantiser)))
+        return
+    packed, escapes = _weight_streams(payload)
+    parts = unpack_parts(packed, values.numel()) or _NO_SYMBOLS
+    # Any nibble is a symbol of the table: only the large ones can be wrong, or escapes.
+    if int(parts.large.max(initial=0)) >= quantiser.num_w_symbols:
+        raise ValueError(f"symbol {parts.large.max()}: must be < {quantiser.num_w_symbols}")
+    num_escapes = 0 if escape is None else int(np.count_nonzero(parts.large == escape))
+    if num_escapes != escapes.size:
+        raise ValueError(f"escapes: {escapes.size} values for {num_escapes} escape symbols")
+    mask = parts.mask
+    if mask is None:
+        mask = np.full((values.numel() + 7) // 8, 0xFF if parts.num_values else 0, dtype=np.uint8)
+    table = np.zeros(256, dtype=np.float32)
+    table[: quantiser.num_w_symbols] = quantiser.w_table()
+    compiled.add_symbols(
+        (values.data_ptr(), kind, values.numel()),
+        *(mask, parts.pairs, parts.num_values, parts.large, table),
+        *(-1 if escape is None else escape, escapes),
+    )
 
 
 def joint_arrays(
@@ -159,4 +237,4 @@ def quantise(
 ) -> tuple[JointPayloads, npt.NDArray[np.float32]]:
     """The payloads of one block, and the residual that a reader will decode from them."""
     symbols = quantiser.encode(arrays)
-    return encode_joint(symbols), quantiser.decode(symbols).r
+    return encode_joint(symbols), quantiser.weight.decode(symbols.w, symbols.escapes)

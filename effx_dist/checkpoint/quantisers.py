@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effx_dist.checkpoint.chunks import JointParts
+from effx_dist.checkpoint.chunks import JointParts, block_ranges, in_order
 from effx_dist.checkpoint.joints import Joint
 from effx_dist.core.excp import (
     CELLS_LEN,
@@ -29,6 +29,7 @@ from effx_dist.shard import Group
 from effx_dist.shard.group import ReduceOp
 
 Array = npt.NDArray[Any]
+_Place = tuple[int, JointParts, slice]
 LocalParts = Mapping[str, Sequence[JointParts]]
 """This rank's parts of each joint, by the weight's name; no entry where it holds nothing of it."""
 
@@ -51,18 +52,23 @@ class Measured:
 
 
 def measure(
-    specs: Sequence[JointSpec], local: LocalParts, profile: Profile, group: Group
+    specs: Sequence[JointSpec],
+    local: LocalParts,
+    profile: Profile,
+    group: Group,
+    threads: int = 1,
 ) -> dict[str, Measured]:
     """The quantiser of each weight, the same on every rank; none for one that cannot be quantised
     (not finite, say).
 
     Four rounds over the local parts, each with one gather of failures and one all-reduce of a
     vector per joint: maxima, two of integer sums, and the weights' squares for the error. No
-    reconstruction depends on how the tensors are cut.
+    reconstruction depends on how the tensors are cut. Blocks are looked at on up to ``threads``
+    threads, which changes nothing.
     """
     if not specs:
         return {}
-    rounds = _Rounds(specs, local, group)
+    rounds = _Rounds(specs, local, group, threads)
     by_max = rounds.run(RANGES_LEN, "max", np.float64, lambda _, block: ranges(block))
     by_sum = rounds.run(
         SUMS_LEN(profile),
@@ -92,10 +98,13 @@ def measure(
 class _Rounds:
     """Statistics of all joints, a row each, merged over the group."""
 
-    def __init__(self, specs: Sequence[JointSpec], local: LocalParts, group: Group) -> None:
+    def __init__(
+        self, specs: Sequence[JointSpec], local: LocalParts, group: Group, threads: int
+    ) -> None:
         self._specs = specs
         self._local = local
         self._group = group
+        self._threads = threads
 
     def run(
         self,
@@ -109,10 +118,12 @@ class _Rounds:
         merge = np.maximum if op == "max" else np.add
 
         def fill() -> None:
-            for index, spec in enumerate(self._specs):
-                for parts in self._local.get(spec.joint.weight, ()):
-                    for _, block in parts.blocks():
-                        merge(rows[index], statistic(index, block), out=rows[index])
+            def look(place: _Place) -> tuple[int, Array]:
+                index, parts, cut = place
+                return index, statistic(index, parts.arrays(cut))
+
+            for index, found in in_order(look, self._places(), self._threads):
+                merge(rows[index], found, out=rows[index])
 
         return self._reduce(rows, fill, op)
 
@@ -122,11 +133,22 @@ class _Rounds:
         rows: Array = np.zeros(len(self._specs))
 
         def fill() -> None:
-            for index, spec in enumerate(self._specs):
-                for parts in self._local.get(spec.joint.weight, ()):
-                    rows[index] += float(parts.weight.double().square().sum())
+            def look(place: _Place) -> tuple[int, float]:
+                index, parts, cut = place
+                values = parts.weight[cut].float().numpy()
+                return index, float(np.einsum("i,i->", values, values, dtype=np.float64))
+
+            for index, squares in in_order(look, self._places(), self._threads):
+                rows[index] += squares
 
         return self._reduce(rows, fill, "sum")
+
+    def _places(self) -> Iterator[_Place]:
+        """Every local block of every joint."""
+        for index, spec in enumerate(self._specs):
+            for parts in self._local.get(spec.joint.weight, ()):
+                for cut in block_ranges(parts.box.numel):
+                    yield index, parts, cut
 
     def _reduce(self, rows: Array, fill: Callable[[], None], op: ReduceOp) -> Array:
         """One rank's failure ends the round on all of them, instead of leaving the others in the

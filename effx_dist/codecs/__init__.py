@@ -1,6 +1,23 @@
 """Lossless codecs: bytes to bytes and symbols to bytes. numcodecs finds them by entry point."""
 
 from effx_dist.codecs.planes import BytePlanes
-from effx_dist.codecs.symbols import SparseSymbols, pack, pack_inside, unpack, unpack_inside
+from effx_dist.codecs.symbols import (
+    SparseSymbols,
+    SymbolParts,
+    pack,
+    pack_inside,
+    unpack,
+    unpack_inside,
+    unpack_parts,
+)
 
-__all__ = ["BytePlanes", "SparseSymbols", "pack", "pack_inside", "unpack", "unpack_inside"]
+__all__ = [
+    "BytePlanes",
+    "SparseSymbols",
+    "SymbolParts",
+    "pack",
+    "pack_inside",
+    "unpack",
+    "unpack_inside",
+    "unpack_parts",
+]

@@ -1,56 +1,30 @@
-"""Byte planes: values split into planes of equal byte position, then zstd. Lossless."""
+"""Byte planes: values split into planes of equal byte position, each coded as suits it. Lossless.
+
+Payload = 1, number of bytes (varint), a stream for each plane (streams.py). Payloads of earlier
+versions are one zstd frame of all planes, which begins with another byte; they are read as well.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 from numcodecs.abc import Codec
 from numcodecs.compat import ensure_bytes, ensure_contiguous_ndarray, ndarray_copy
 
-MAX_WINDOW_BYTES = 1 << 27
-"""Frames that need a larger zstd window are refused: it is memory a payload could ask for."""
+from effx_dist.codecs.streams import U8, Reader, decode_stream, encode_plane, write_varint
+from effx_dist.codecs.zstd import zstd_content_bytes, zstd_decode
+from effx_dist.native import excp as native
 
-
-def zstd_encode(data: bytes, level: int) -> bytes:
-    """One zstd frame that states its content size."""
-    return zstandard.ZstdCompressor(level=level).compress(data)
-
-
-def zstd_content_bytes(data: bytes) -> int:
-    """The content size a zstd frame states; ValueError where it states none."""
-    try:
-        stated = zstandard.frame_content_size(data)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"zstd: not a frame ({error})") from error
-    if stated < 0:
-        raise ValueError("zstd: the frame does not state its content size")
-    return stated
-
-
-def zstd_decode(data: bytes, expected_bytes: int) -> bytes:
-    """Undoes zstd_encode. Nothing larger than expected_bytes is allocated for the content.
-
-    Raises ValueError where the frame is damaged, is followed by other bytes, or holds any other
-    number of bytes than expected_bytes.
-    """
-    stated = zstd_content_bytes(data)
-    if stated != expected_bytes:
-        raise ValueError(f"zstd: the frame holds {stated} bytes, must be {expected_bytes}")
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-    try:
-        out = decompressor.decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"zstd: damaged frame ({error})") from error
-    if len(out) != expected_bytes:
-        raise ValueError(f"zstd: decoded to {len(out)} bytes, must be {expected_bytes}")
-    return out
+_STREAMS = 1
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_COMPILED_ITEM_BYTES = (1, 2, 4, 8)
 
 
 class BytePlanes(Codec):  # type: ignore[misc]  # numcodecs is untyped
-    """numcodecs codec: byte-shuffle of itemsize-byte values, then one zstd frame."""
+    """numcodecs codec: byte-shuffle of itemsize-byte values, then each plane raw or in zstd."""
 
     codec_id: ClassVar[str] = "effx_planes"
 
@@ -65,8 +39,8 @@ class BytePlanes(Codec):  # type: ignore[misc]  # numcodecs is untyped
         flat = ensure_contiguous_ndarray(buf).reshape(-1).view(np.uint8)
         if flat.size % self.itemsize:
             raise ValueError(f"buf: {flat.size} bytes, must be a multiple of {self.itemsize=}")
-        planes = np.ascontiguousarray(flat.reshape(-1, self.itemsize).T)
-        return zstd_encode(planes.tobytes(), self.level)
+        streams = (encode_plane(plane, self.level) for plane in self._split(flat))
+        return b"".join([bytes([_STREAMS]), write_varint(flat.size), *streams])
 
     def decode(self, buf: Any, out: Any = None) -> Any:
         """Undoes encode, into out if given.
@@ -76,13 +50,46 @@ class BytePlanes(Codec):  # type: ignore[misc]  # numcodecs is untyped
         """
         data = ensure_bytes(buf)
         if out is None:
-            return self.decode_bounded(data, zstd_content_bytes(data))
+            is_frame = data.startswith(_ZSTD_MAGIC)
+            stated = zstd_content_bytes(data) if is_frame else _stated_bytes(Reader(data))
+            return self.decode_bounded(data, stated)
         expected_bytes = ensure_contiguous_ndarray(out).nbytes
         return ndarray_copy(self.decode_bounded(data, expected_bytes), out)
 
     def decode_bounded(self, data: bytes, expected_bytes: int) -> npt.NDArray[np.uint8]:
-        """Undoes encode for a payload that must hold expected_bytes; else ValueError."""
+        """Undoes encode for a payload that must hold expected_bytes; else ValueError.
+
+        The result may be written to.
+        """
         if expected_bytes % self.itemsize:
             raise ValueError(f"{expected_bytes=}: must be a multiple of {self.itemsize=}")
-        planes = np.frombuffer(zstd_decode(data, expected_bytes), dtype=np.uint8)
-        return np.ascontiguousarray(planes.reshape(self.itemsize, -1).T).reshape(-1)
+        if data.startswith(_ZSTD_MAGIC):
+            joined = np.frombuffer(zstd_decode(data, expected_bytes), dtype=np.uint8)
+            return self._merge(joined.reshape(self.itemsize, -1))
+        reader = Reader(data)
+        if (stated := _stated_bytes(reader)) != expected_bytes:
+            raise ValueError(f"planes: the payload holds {stated} bytes, must be {expected_bytes}")
+        length = expected_bytes // self.itemsize
+        planes = [decode_stream(reader, length) for _ in range(self.itemsize)]
+        reader.finish()
+        return self._merge(planes)
+
+    def _split(self, flat: U8) -> U8:
+        """Planes [itemsize, values] of the values' bytes."""
+        if self.itemsize in _COMPILED_ITEM_BYTES and (compiled := native.kernels()) is not None:
+            words = np.require(flat.view(f"u{self.itemsize}"), requirements="A")
+            return compiled.split_planes(words)
+        return np.ascontiguousarray(flat.reshape(-1, self.itemsize).T)
+
+    def _merge(self, planes: Sequence[U8] | U8) -> U8:
+        """Undoes _split."""
+        if self.itemsize in _COMPILED_ITEM_BYTES and (compiled := native.kernels()) is not None:
+            return compiled.merge_planes(list(planes), len(planes[0])).view(np.uint8)
+        return np.stack(list(planes), axis=1).reshape(-1)
+
+
+def _stated_bytes(reader: Reader) -> int:
+    """How many bytes a payload of streams says that it holds; the streams come next."""
+    if (layout := reader.byte()) != _STREAMS:
+        raise ValueError(f"planes: the payload begins with {layout}, not a known layout")
+    return reader.varint()

@@ -11,12 +11,13 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from effx_dist.codecs.planes import zstd_decode, zstd_encode
+from effx_dist.codecs.zstd import LITERALS, zstd_decode, zstd_encode
 
 U8 = npt.NDArray[np.uint8]
 
 RAW, ZSTD, HUFFMAN, REPEAT = range(4)
 _MAX_VARINT_BYTES = 9
+_CLOSE = 1.01
 
 
 def write_varint(value: int) -> bytes:
@@ -32,16 +33,16 @@ def write_varint(value: int) -> bytes:
 class Reader:
     """Reads a payload from the front; ValueError where it ends too early."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self._data = memoryview(data)
         self._position = 0
 
-    def take(self, num_bytes: int) -> bytes:
+    def take(self, num_bytes: int) -> memoryview:
         """The next num_bytes bytes."""
         end = self._position + num_bytes
         if end > len(self._data):
             raise ValueError(f"payload: {len(self._data)} bytes, ends before byte {end}")
-        out = bytes(self._data[self._position : end])
+        out = self._data[self._position : end]
         self._position = end
         return out
 
@@ -65,13 +66,13 @@ class Reader:
             raise ValueError(f"payload: {len(self._data) - self._position} bytes too many")
 
 
-def _huffman_encode(data: bytes) -> bytes:
+def _huffman_encode(data: memoryview) -> bytes:
     # Matches do not pay in quantiser symbols: Huffman alone is smaller here, and faster.
     coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     return coder.compress(data) + coder.flush()
 
 
-def _huffman_decode(body: bytes, expected_bytes: int) -> bytes:
+def _huffman_decode(body: memoryview, expected_bytes: int) -> bytes:
     coder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         out = coder.decompress(body, expected_bytes + 1)
@@ -83,19 +84,51 @@ def _huffman_decode(body: bytes, expected_bytes: int) -> bytes:
 
 
 def encode_stream(data: U8, level: int) -> bytes:
-    """The shortest of the codings of a byte stream; level is zstd's."""
+    """About the shortest of the codings of a contiguous byte stream; level is zstd's.
+
+    Deflate is by far the slowest both ways: only where it makes a sample more than 1 % smaller.
+    """
     if data.size and np.all(data == data[0]):
         return bytes([REPEAT, 1, data[0]])
-    raw = data.tobytes()
-    bodies = {RAW: raw, HUFFMAN: _huffman_encode(raw), ZSTD: zstd_encode(raw, level)}
-    tag = min(bodies, key=lambda key: len(bodies[key]))
-    return bytes([tag]) + write_varint(len(bodies[tag])) + bodies[tag]
+    sample, raw = _sample(data, 1 << 14).data, data.data
+    bodies: list[tuple[int, bytes | memoryview]] = [(ZSTD, zstd_encode(raw, LITERALS)), (RAW, raw)]
+    if len(zstd_encode(sample, LITERALS)) > _CLOSE * len(_huffman_encode(sample)):
+        bodies += [(ZSTD, zstd_encode(raw, level)), (HUFFMAN, _huffman_encode(raw))]
+    return _stream(*min(bodies, key=lambda body: len(body[1])))
+
+
+def encode_plane(data: U8, level: int) -> bytes:
+    """A contiguous byte stream in the coding that suits a sample of it; level is zstd's.
+
+    Raw unless the sample becomes 1 % smaller: mantissas do not.
+    """
+    if data.size and np.all(data == data[0]):
+        return bytes([REPEAT, 1, data[0]])
+    sample = _sample(data, 1 << 17).data
+    sizes = {each: len(zstd_encode(sample, each)) for each in (LITERALS, level)}
+    chosen = LITERALS if sizes[LITERALS] <= _CLOSE * sizes[level] else level
+    if sizes[chosen] * _CLOSE >= sample.nbytes:
+        return _stream(RAW, data.data)
+    return _stream(ZSTD, zstd_encode(data.data, chosen))
+
+
+def _sample(data: U8, num_bytes: int) -> U8:
+    """All of data, or four stretches of it."""
+    if data.size <= num_bytes:
+        return data
+    starts = (index * data.size // 4 for index in range(4))
+    return np.concatenate([data[start : start + num_bytes // 4] for start in starts])
+
+
+def _stream(tag: int, body: bytes | memoryview) -> bytes:
+    return b"".join([bytes([tag]), write_varint(len(body)), body])
 
 
 def decode_stream(reader: Reader, expected_bytes: int) -> U8:
     """Undoes encode_stream for a stream that must hold expected_bytes; else ValueError."""
     tag = reader.byte()
     body = reader.take(reader.varint())
+    out: bytes | memoryview
     match tag:
         case 0:
             out = body

@@ -10,6 +10,7 @@ The number of symbols is not in the payload of pack: the decoder is told, and al
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,22 +19,44 @@ from numcodecs.abc import Codec
 from numcodecs.compat import ensure_bytes, ensure_contiguous_ndarray, ndarray_copy
 
 from effx_dist.codecs.streams import U8, Reader, decode_stream, encode_stream, write_varint
+from effx_dist.native import excp as native
 
 _ALL_ZERO, _NONE_ZERO, _MIXED = range(3)
 _LARGE = 15
 _DEFAULT_LEVEL = 1
 
 
+@dataclass(frozen=True, eq=False)
+class SymbolParts:
+    """A payload of pack, entropy decoded and checked: its parts fit each other."""
+
+    mask: U8 | None
+    """Packed bits of the symbols that are not 0; None where none is 0."""
+    num_values: int
+    """Number of symbols that are not 0."""
+    pairs: U8
+    """Their nibbles."""
+    large: U8
+    """Those above 15, in order."""
+
+
 def pack(symbols: U8, level: int = _DEFAULT_LEVEL) -> bytes:
     """Encode a flat uint8 array; its length must be known to the decoder."""
+    mask, values = _split(np.ascontiguousarray(symbols))
+    if values.size == 0:
+        return bytes([_ALL_ZERO])
+    if values.size == symbols.size:
+        return bytes([_NONE_ZERO]) + _pack_values(values, level)
+    return bytes([_MIXED]) + encode_stream(mask, level) + _pack_values(values, level)
+
+
+def _split(symbols: U8) -> tuple[U8, U8]:
+    """The packed mask of the symbols that are not 0, and those."""
+    if (compiled := native.kernels()) is not None:
+        return compiled.split_symbols(symbols)
     non_zero = symbols != 0
     index = np.flatnonzero(non_zero)  # several times faster to use than the mask
-    if index.size == 0:
-        return bytes([_ALL_ZERO])
-    if index.size == symbols.size:
-        return bytes([_NONE_ZERO]) + _pack_values(symbols, level)
-    mask = encode_stream(np.packbits(non_zero, bitorder="little"), level)
-    return bytes([_MIXED]) + mask + _pack_values(symbols[index], level)
+    return np.packbits(non_zero, bitorder="little"), symbols[index]
 
 
 def unpack(data: bytes, num_values: int, num_symbols: int | None = None) -> U8:
@@ -41,69 +64,117 @@ def unpack(data: bytes, num_values: int, num_symbols: int | None = None) -> U8:
 
     Raises ValueError for any other bytes; allocates a small multiple of num_values at most.
     """
-    reader = Reader(data)
-    out = _unpack(reader, num_values)
-    reader.finish()
+    out = _join(unpack_parts(data, num_values), num_values)
     if num_symbols is not None and out.size and int(out.max()) >= num_symbols:
         raise ValueError(f"symbol {int(out.max())}: must be < {num_symbols=}")
     return out
 
 
-def _unpack(reader: Reader, num_values: int) -> U8:
+def unpack_parts(data: bytes, num_values: int) -> SymbolParts | None:
+    """What unpack reads before it joins the parts; None where all symbols are 0."""
+    reader = Reader(data)
+    parts = _read(reader, num_values)
+    reader.finish()
+    return parts
+
+
+def _read(reader: Reader, num_values: int) -> SymbolParts | None:
     layout = reader.byte()
     if layout == _ALL_ZERO:
-        return np.zeros(num_values, dtype=np.uint8)
+        return None
     if layout == _NONE_ZERO:
-        return _unpack_values(reader, num_values)
+        return _read_values(reader, None, num_values)
     if layout != _MIXED:
         raise ValueError(f"layout: {layout}, must be one of 0, 1, 2")
     mask = decode_stream(reader, (num_values + 7) // 8)
-    bits = np.unpackbits(mask, bitorder="little")
-    if bits[num_values:].any():
+    if num_values % 8 and int(mask[-1]) >> num_values % 8:
         raise ValueError(f"mask: marks symbols beyond {num_values=}")
-    index = np.flatnonzero(bits)
-    out = np.zeros(num_values, dtype=np.uint8)
-    out[index] = _unpack_values(reader, index.size)
+    return _read_values(reader, mask, _count_bits(mask))
+
+
+def _count_bits(mask: U8) -> int:
+    if (compiled := native.kernels()) is not None:
+        return compiled.count_bits(mask)
+    return int(np.unpackbits(mask).sum(dtype=np.int64))
+
+
+def _join(parts: SymbolParts | None, num_symbols: int) -> U8:
+    """All symbols from a payload's parts."""
+    if parts is None:
+        return np.zeros(num_symbols, dtype=np.uint8)
+    if (compiled := native.kernels()) is not None:
+        return compiled.join_symbols(
+            num_symbols, parts.mask, parts.pairs, parts.num_values, parts.large
+        )
+    values = _nibbles(parts.pairs)[: parts.num_values] + np.uint8(1)
+    if parts.large.size:
+        values[values > _LARGE] = parts.large
+    if parts.mask is None:
+        return values
+    out = np.zeros(num_symbols, dtype=np.uint8)
+    bits = np.unpackbits(parts.mask, bitorder="little", count=num_symbols)
+    out[np.flatnonzero(bits)] = values
     return out
 
 
 def _pack_values(values: U8, level: int) -> bytes:
     """Non-zero symbols as nibble pairs, and the large ones after them."""
-    nibbles = np.zeros(values.size + values.size % 2, dtype=np.uint8)
-    np.minimum(values - np.uint8(1), np.uint8(_LARGE), out=nibbles[: values.size])
-    pairs = nibbles[0::2] | (nibbles[1::2] << np.uint8(4))
-    large = values[values > _LARGE]
+    pairs, large = _pair(values)
     tail = encode_stream(large, level) if large.size else b""
     return encode_stream(pairs, level) + write_varint(large.size) + tail
 
 
-def _unpack_values(reader: Reader, num_values: int) -> U8:
-    """Undoes _pack_values."""
-    pairs = decode_stream(reader, (num_values + 1) // 2)
+def _pair(values: U8) -> tuple[U8, U8]:
+    """Nibble pairs of non-zero symbols, and the large ones."""
+    if (compiled := native.kernels()) is not None:
+        return compiled.pair_nibbles(values)
+    nibbles = np.zeros(values.size + values.size % 2, dtype=np.uint8)
+    np.minimum(values - np.uint8(1), np.uint8(_LARGE), out=nibbles[: values.size])
+    return nibbles[0::2] | (nibbles[1::2] << np.uint8(4)), values[values > _LARGE]
+
+
+def _nibbles(pairs: U8) -> U8:
+    """Undoes _pair but for the large ones."""
     nibbles = np.empty(2 * pairs.size, dtype=np.uint8)
     nibbles[0::2] = pairs & 15
     nibbles[1::2] = pairs >> 4
-    if nibbles[num_values:].any():
+    return nibbles
+
+
+def _read_values(reader: Reader, mask: U8 | None, num_values: int) -> SymbolParts:
+    """Undoes _pack_values."""
+    pairs = decode_stream(reader, (num_values + 1) // 2)
+    if num_values % 2 and pairs[-1] >> 4:
         raise ValueError("values: the last half pair must be 0")
-    values = nibbles[:num_values]
-    values += 1
-    num_large = reader.varint()
-    if num_large == 0 and int(values.max(initial=0)) <= _LARGE:
-        return values
-    index = np.flatnonzero(values > _LARGE)
-    if index.size != num_large:
-        raise ValueError(f"values: {num_large} large symbols stated, {index.size} marked")
-    large = decode_stream(reader, num_large)
-    if int(large.min()) <= _LARGE:
-        raise ValueError(f"values: {int(large.min())} among the large symbols, must be > {_LARGE}")
-    values[index] = large
-    return values
+    num_large, num_marked = reader.varint(), _count_large(pairs, num_values)
+    if num_marked != num_large:
+        raise ValueError(f"values: {num_large} large symbols stated, {num_marked} marked")
+    large = np.empty(0, dtype=np.uint8)
+    if num_large:
+        large = decode_stream(reader, num_large)
+        if int(large.min()) <= _LARGE:
+            found = f"{int(large.min())} among the large symbols"
+            raise ValueError(f"values: {found}, must be > {_LARGE}")
+    return SymbolParts(mask, num_values, pairs, large)
+
+
+def _count_large(pairs: U8, num_values: int) -> int:
+    """How many nibbles of the first num_values stand for a large symbol."""
+    if (compiled := native.kernels()) is not None:
+        return compiled.count_large(pairs, num_values)
+    return int(np.count_nonzero(_nibbles(pairs)[:num_values] == _LARGE))
 
 
 def pack_inside(symbols: U8, support: npt.NDArray[np.bool_], level: int = _DEFAULT_LEVEL) -> bytes:
     """Encode only the symbols where support is true; all others must be 0."""
-    inside = symbols[np.flatnonzero(support)]
-    if np.count_nonzero(symbols) != np.count_nonzero(inside):
+    inside: U8 | None
+    if (compiled := native.kernels()) is not None:
+        inside = compiled.take_inside(np.ascontiguousarray(symbols), np.ascontiguousarray(support))
+    else:
+        inside = symbols[np.flatnonzero(support)]
+        if np.count_nonzero(symbols) != np.count_nonzero(inside):
+            inside = None
+    if inside is None:
         raise ValueError("symbols: a non-zero symbol lies outside the support")
     return pack(inside, level)
 
@@ -112,9 +183,11 @@ def unpack_inside(
     data: bytes, support: npt.NDArray[np.bool_], num_symbols: int | None = None
 ) -> U8:
     """Undoes pack_inside, given the same support. Raises ValueError for any other bytes."""
-    index = np.flatnonzero(support)
+    values = unpack(data, int(np.count_nonzero(support)), num_symbols)
+    if (compiled := native.kernels()) is not None:
+        return compiled.put_inside(values, np.ascontiguousarray(support))
     out = np.zeros(support.size, dtype=np.uint8)
-    out[index] = unpack(data, index.size, num_symbols)
+    out[np.flatnonzero(support)] = values
     return out
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from effx_dist.native import excp as native
+
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -106,7 +108,9 @@ def from_bits(bits: int) -> np.float32:
 
 
 def take_table(table: F32, symbols: U8) -> F32:
-    """table[symbols], in blocks; the caller has checked that every symbol is in the table."""
+    """table[symbols]; the caller has checked that every symbol is in the table."""
+    if (compiled := native.kernels()) is not None:
+        return compiled.take_table(table, np.ascontiguousarray(symbols))
     out = np.empty(symbols.size, dtype=np.float32)
     for cut in block_slices(symbols.size):
         # mode="clip" writes straight into out; "raise" would go through a second buffer.

@@ -122,13 +122,17 @@ class Centroids:
             symbols[index] = self.symbol_of_bin()[linear_bins(r[index], self.grid.limit)]
         return symbols, np.empty(0, dtype=np.float32)
 
+    def table(self) -> F32:
+        """What each symbol decodes to [num_symbols]."""
+        return np.concatenate([np.zeros(1, dtype=np.float32), self.centroids])
+
     def decode(self, symbols: U8, escapes: F32) -> F32:
         """Undoes encode; ValueError where symbols and escapes do not fit."""
         if largest_symbol(symbols) >= self.num_symbols:
             raise ValueError(f"w: symbol {largest_symbol(symbols)}, must be < {self.num_symbols}")
         if escapes.size:
             raise ValueError(f"escapes: {escapes.size} values, this quantiser has none")
-        return take_table(np.concatenate([[np.float32(0)], self.centroids]), symbols)
+        return take_table(self.table(), symbols)
 
     def to_json(self) -> dict[str, Any]:
         """JSON fields of this weight quantiser."""

@@ -8,6 +8,7 @@ to the rounding of float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ from effx_dist.core.excp.json_fields import (
 from effx_dist.core.excp.profiles import DeadZoneRule
 from effx_dist.core.excp.statistics import Scales, Totals, value_at_rank
 from effx_dist.core.fixed_point import from_fixed
+from effx_dist.native import excp as native
 
 _ROUNDING = np.float32(0.4)
 _MAX_LEVEL = 127
@@ -101,6 +103,9 @@ class DeadZoneGrid:
     def accumulate(self, r: F32, scales: Scales, out: I64) -> Bools:
         """Add one block to the cells; returns where the symbol is not 0."""
         exponent, squares_exponent = self.exponents(scales.global_numel)
+        if (compiled := native.kernels()) is not None:
+            factors = (math.ldexp(1.0, exponent), math.ldexp(1.0, squares_exponent))
+            return compiled.dead_zone_cells(r, self.step, self.max_level, factors, out)
         length = self.max_level + 2
         steps = self.steps(r)
         levels = self.levels(steps)
@@ -153,6 +158,9 @@ class DeadZone:
 
     def encode(self, r: F32) -> tuple[U8, F32]:
         """Symbols and escapes of one block."""
+        if (compiled := native.kernels()) is not None:
+            found, num = compiled.dead_zone_symbols(r, self.grid.step, self.grid.max_level)
+            return found, r[found == self.grid.escape] if num else np.empty(0, dtype=np.float32)
         levels = self.grid.levels(self.grid.steps(r))
         # Level 0 wraps around and is cleared by the product.
         symbols = (levels * np.uint8(2) - np.uint8(1) + np.signbit(r)) * (levels != 0)
@@ -161,14 +169,18 @@ class DeadZone:
         np.minimum(symbols, np.uint8(self.grid.escape), out=symbols)
         return symbols, r[symbols == self.grid.escape]
 
+    def table(self) -> F32:
+        """What each symbol decodes to [num_symbols]; 0 for the escape."""
+        table = np.zeros(self.num_symbols, dtype=np.float32)
+        table[1 : 2 * self.levels.size : 2] = self.levels
+        table[2 : 2 * self.levels.size + 1 : 2] = -self.levels
+        return table
+
     def decode(self, symbols: U8, escapes: F32) -> F32:
         """Undoes encode; ValueError where symbols and escapes do not fit."""
         if largest_symbol(symbols) >= self.num_symbols:
             raise ValueError(f"w: symbol {largest_symbol(symbols)}, must be < {self.num_symbols}")
-        table = np.zeros(self.num_symbols, dtype=np.float32)
-        table[1 : 2 * self.levels.size : 2] = self.levels
-        table[2 : 2 * self.levels.size + 1 : 2] = -self.levels
-        out = take_table(table, symbols)
+        out = take_table(self.table(), symbols)
         at = np.flatnonzero(symbols == self.grid.escape)
         if at.size != escapes.size:
             raise ValueError(f"escapes: {escapes.size} values for {at.size} escape symbols")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from effx_dist.core.excp import centroids, dead_zone, moments
-from effx_dist.core.excp.arrays import F64, I64, JointArrays, JointSymbols, block_slices
+from effx_dist.core.excp.arrays import F32, F64, I64, JointArrays, JointSymbols, block_slices
 from effx_dist.core.excp.json_fields import float_field, name_field, object_field
 from effx_dist.core.excp.profiles import DeadZoneRule, Profile
 from effx_dist.core.excp.statistics import Scales, Totals, quantisable
@@ -131,6 +131,10 @@ class JointQuantiser:
     def escape_symbol(self) -> int | None:
         """The symbol of w that stands for an escape; None where this quantiser has none."""
         return self.weight.grid.escape if isinstance(self.weight, dead_zone.DeadZone) else None
+
+    def w_table(self) -> F32:
+        """What each symbol of w decodes to [num_w_symbols]; 0 for escapes."""
+        return self.weight.table()
 
     @property
     def num_m_symbols(self) -> int:

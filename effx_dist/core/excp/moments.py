@@ -9,6 +9,7 @@ magnitude_bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ from effx_dist.core.excp.json_fields import (
 from effx_dist.core.excp.lloyd import lloyd
 from effx_dist.core.excp.statistics import Scales, Totals
 from effx_dist.core.fixed_point import from_fixed
+from effx_dist.native import excp as native
 
 MAX_ENTRIES = 255
 """Of a moment's table: its symbols are 1 to 255."""
@@ -99,9 +101,13 @@ class OctaveMoments:
     _V_CELLS = 256
     cells_len = 2 * (_M_CELLS + _V_CELLS)
 
+    def layout(self) -> tuple[int, int, int]:
+        """The first half octave of m, and the numbers of cells of m and of v."""
+        return int(self.threshold.view(np.uint32)) >> 22, self._M_CELLS, self._V_CELLS
+
     def _cells(self) -> tuple[KeyCells, KeyCells]:
-        first = int(self.threshold.view(np.uint32)) >> 22
-        return KeyCells(22, first, self._M_CELLS), KeyCells(23, 0, self._V_CELLS)
+        first, num_m, num_v = self.layout()
+        return KeyCells(22, first, num_m), KeyCells(23, 0, num_v)
 
     def accumulate(self, m: F32, v: F32 | None, scales: Scales, out: I64) -> None:
         """Add one block's kept moments to the cells."""
@@ -170,15 +176,17 @@ class Moments:
     def encode(self, kept_w: Bools, a: JointArrays) -> tuple[U8, U8 | None]:
         """Symbols of one block."""
         assert a.m is not None
+        if (compiled := native.kernels()) is not None and (a.v is None) == (self.v_table is None):
+            edges = None if self.v_table is None else _key_middles(self.v_table)
+            middles = _middles(self.m_table)
+            return compiled.moment_symbols(kept_w, a.m, a.v, self.threshold, middles, edges)
         index = kept_index(kept_w, self.threshold, a)
         m = np.zeros(a.m.size, dtype=np.uint8)
         m[index] = 1 + np.searchsorted(_middles(self.m_table), a.m[index])
         if a.v is None or self.v_table is None:
             return m, None
         v = np.zeros(a.m.size, dtype=np.uint8)
-        keys = magnitude_bits(self.v_table).astype(np.int64)
-        edges = ((keys[1:] + keys[:-1]) // 2).astype(np.uint32)
-        v[index] = 1 + np.searchsorted(edges, magnitude_bits(a.v[index]))
+        v[index] = 1 + np.searchsorted(_key_middles(self.v_table), magnitude_bits(a.v[index]))
         return m, v
 
     def decode(self, m: U8, v: U8 | None) -> tuple[F32, F32 | None]:
@@ -225,6 +233,12 @@ def _middles(table: F32) -> F32:
     return ((wide[1:] + wide[:-1]) / 2).astype(np.float32)
 
 
+def _key_middles(table: F32) -> U32:
+    """Midpoints of the bit patterns of an ascending table."""
+    keys = magnitude_bits(table).astype(np.int64)
+    return ((keys[1:] + keys[:-1]) // 2).astype(np.uint32)
+
+
 def _check_symbols(name: str, symbols: U8, table: F32) -> None:
     if largest_symbol(symbols) > table.size:
         raise ValueError(f"{name}: symbol {largest_symbol(symbols)}, must be <= {table.size}")
@@ -245,6 +259,11 @@ class MomentGrid:
     def accumulate(self, kept_w: Bools, a: JointArrays, scales: Scales, out: I64) -> None:
         """Add one block."""
         assert a.m is not None
+        if isinstance(self.coding, OctaveMoments) and (compiled := native.kernels()) is not None:
+            scale = math.ldexp(1.0, scales.v_exponent)
+            cells = self.coding.layout()
+            compiled.moment_cells(kept_w, a.m, a.v, self.threshold, cells, scale, out)
+            return
         index = kept_index(kept_w, self.threshold, a)
         v = None if a.v is None else a.v[index]
         self.coding.accumulate(a.m[index], v, scales, out[:-2])

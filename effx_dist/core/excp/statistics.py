@@ -7,6 +7,7 @@ performed here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from effx_dist.core.excp.arrays import (
 from effx_dist.core.excp.fixed import count_by, fixed_exponent, fixed_sum
 from effx_dist.core.excp.profiles import Profile
 from effx_dist.core.fixed_point import from_fixed
+from effx_dist.native import excp as native
 
 RANGES_LEN = 5
 _NON_FINITE, _NEGATIVE_V, _MAX_R, _MAX_M, _MAX_V = range(RANGES_LEN)
@@ -40,11 +42,15 @@ def SUMS_LEN(profile: Profile) -> int:
     return _SUMS_LEN
 
 
-def _largest_magnitude(values: F32 | None) -> float:
-    """max|values|, 0 for none, NaN or infinity where one is present."""
+def _range(values: F32 | None) -> tuple[float, bool]:
+    """max|values| (0 for none, NaN or infinity where one is present); whether one is below 0."""
     if values is None or values.size == 0:
-        return 0.0
-    return float(np.maximum(np.max(values), -np.min(values)))
+        return 0.0, False
+    if (compiled := native.kernels()) is not None:
+        largest, has_negative = compiled.range(np.ascontiguousarray(values))
+        return float(largest), has_negative
+    low, high = np.min(values), np.max(values)
+    return abs(float(np.maximum(high, -low))), bool(low < 0)
 
 
 def ranges(a: JointArrays) -> F64:
@@ -52,14 +58,14 @@ def ranges(a: JointArrays) -> F64:
 
     Holds a flag for non-finite values, one for negative v, and the largest |r|, |m| and v.
     """
-    largest = np.array([_largest_magnitude(x) for x in (a.r, a.m, a.v)])
+    found = [_range(x) for x in (a.r, a.m, a.v)]
+    largest = np.array([magnitude for magnitude, _ in found])
     out = np.zeros(RANGES_LEN)
     if not np.isfinite(largest).all():
         out[_NON_FINITE] = 1.0
         return out
     out[_MAX_R:] = largest
-    if a.v is not None and a.v.size:
-        out[_NEGATIVE_V] = float(np.min(a.v) < 0)
+    out[_NEGATIVE_V] = float(found[2][1])
     return out
 
 
@@ -109,7 +115,13 @@ def sums(a: JointArrays, merged_ranges: F64, global_numel: int, profile: Profile
     if not quantisable(merged_ranges):
         return out
     scales = Scales.from_ranges(merged_ranges, global_numel)
+    compiled = native.kernels()
+    exponents = (scales.squares_exponent, scales.m_exponent, scales.v_exponent)
     for block in a.blocks():
+        if compiled is not None:
+            factors = [math.ldexp(1.0, exponent) for exponent in exponents]
+            compiled.sums(block.r, block.m, block.v, factors, out)
+            continue
         out[:_NUM_BINS] += count_by(magnitude_bits(block.r) >> _BIN_SHIFT, _NUM_BINS)
         squares = np.multiply(block.r, block.r, dtype=np.float64)
         out[_SQUARES] += fixed_sum(squares, scales.squares_exponent)

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,29 @@ import torch
 
 from effx_dist.core.cautious import MIN_FRACTION
 from effx_dist.core.update_rules import AdamW, UpdateRule
+from effx_dist.native.library import BuildError, Library, Source, load
 from effx_dist.optim.kernels.eager import EagerWalks
-from effx_dist.optim.kernels.library import library
 from effx_dist.optim.kernels.walks import Item, Walks, described, readable_grad, working_dtype
 
 _RULES = {"adamw": 0, "lion": 1, "sgd": 2, "nesterov": 3}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+SOURCE = Source((Path(__file__).with_name("cautious.cpp"),))
+
+
+@functools.cache
+def library() -> Library | None:
+    """The loaded library, built if need be. None, with one warning, where it cannot be had."""
+    try:
+        return load(SOURCE)
+    except BuildError as error:
+        warnings.warn(
+            f"the compiled cautious step is not available ({error}); the eager one is used: the same "
+            "values, many times slower. Install a C++ compiler with OpenMP (cautious.cpp is "
+            "compiled once, within seconds), or choose implementation='eager' to say so.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 class CompiledWalks(Walks):

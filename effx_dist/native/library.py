@@ -1,21 +1,20 @@
-"""The C++ kernels' shared library: built once per machine and source, kept in torch's cache."""
+"""Shared libraries of C++ sources: built once per machine and source, kept in torch's cache."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cautious.cpp")
+HEADERS = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_TIMEOUT_S = 300
 
@@ -38,30 +37,35 @@ class BuildError(Exception):
     """The library cannot be had; the message says why."""
 
 
-@functools.cache
-def library() -> Library | None:
-    """The loaded library, built if need be. None, with one warning, where it cannot be had."""
+@dataclass(frozen=True)
+class Source:
+    """C++ files that make one library; they may include the headers of this package."""
+
+    files: tuple[Path, ...]
+    """The first one's name begins the library's."""
+
+    @property
+    def name(self) -> str:
+        """Begins the names of its libraries."""
+        return self.files[0].stem
+
+    def stem(self) -> str:
+        """Begins the name of a library of this source, these flags and this kind of processor."""
+        text = "".join(path.read_text() for path in (*self.files, *sorted(HEADERS.glob("*.h"))))
+        described = f"{text}{FLAGS}{_vector_flags()}{platform.machine()}"
+        return f"{self.name}_{_digest(described.encode())}_"
+
+
+def load(source: Source) -> Library:
+    """The library, built if need be. Raises BuildError, saying why, where it cannot be had."""
     try:
-        return _kept_library() or _new_library()
-    except (BuildError, OSError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            f"the compiled cautious step is not available ({error}); the eager one is used: the same "
-            f"values, many times slower. Install a C++ compiler with OpenMP ({SOURCE.name} is "
-            "compiled once, within seconds), or choose implementation='eager' to say so.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+        return _kept_library(source) or _new_library(source)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(str(error)) from error
 
 
 def _folder() -> Path:
     return Path(torch.hub.get_dir()).parent / "effx_dist"
-
-
-def _stem() -> str:
-    """Begins the name of a library of this source, these flags and this kind of processor."""
-    described = f"{SOURCE.read_text()}{FLAGS}{_vector_flags()}{platform.machine()}"
-    return f"cautious_{_digest(described.encode())}_"
 
 
 def _digest(content: bytes) -> str:
@@ -72,11 +76,11 @@ def _vector_flags() -> tuple[str, ...]:
     return VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
 
 
-def _kept_library() -> Library | None:
+def _kept_library(source: Source) -> Library | None:
     """One built before. Its name ends with a digest of its content: loading a damaged library would
     end the process.
     """
-    stem = _stem()
+    stem = source.stem()
     for path in _folder().glob(f"{stem}*.so"):
         if path.stem == stem + _digest(path.read_bytes()):
             return ctypes.CDLL(str(path))
@@ -84,26 +88,27 @@ def _kept_library() -> Library | None:
     return None
 
 
-def _new_library() -> Library:
+def _new_library(source: Source) -> Library:
     try:
         _folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=_folder()) as folder:
-            built = _build(Path(folder))
-            kept = _folder() / f"{_stem()}{_digest(built.read_bytes())}.so"
+            built = _build(source, Path(folder))
+            kept = _folder() / f"{source.stem()}{_digest(built.read_bytes())}.so"
             os.replace(built, kept)  # ranks that build at the same time each put a whole file
         return ctypes.CDLL(str(kept))
     except OSError:
         # No cache that can be written, or none to load from: build for this process alone.
         with tempfile.TemporaryDirectory() as folder:
-            return ctypes.CDLL(str(_build(Path(folder))))
+            return ctypes.CDLL(str(_build(source, Path(folder))))
 
 
-def _build(folder: Path) -> Path:
+def _build(source: Source, folder: Path) -> Path:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise BuildError(f"none of {', '.join(COMPILERS)} is on the PATH")
-    target = folder / "cautious.so"
-    command = [compiler, *FLAGS, *_vector_flags(), str(SOURCE), "-o", str(target)]
+    target = folder / f"{source.name}.so"
+    options = [*FLAGS, *_vector_flags(), f"-I{HEADERS}"]
+    command = [compiler, *options, *map(str, source.files), "-o", str(target)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=BUILD_TIMEOUT_S
     )
