@@ -26,22 +26,28 @@ from effx_dist.shard.piece import (
     start_sum,
 )
 from effx_dist.shard.rows import LocalRows
+from effx_dist.shard.store_group import Rendezvous, StoreGroup, meet
+from effx_dist.shard.worker import Worker
 
 __all__ = [
     "Box",
     "Group",
     "LocalRows",
     "Piece",
+    "Rendezvous",
     "ShardMap",
     "SoloGroup",
+    "StoreGroup",
     "ThreadGroup",
     "TorchGroup",
     "WholeTensor",
+    "Worker",
     "as_group",
     "boxes_to_flat_range",
     "flat_range_to_boxes",
     "flat_start",
     "local_of",
+    "meet",
     "pieces_of_flat_range",
     "pieces_of_tensor",
     "run_ranks",

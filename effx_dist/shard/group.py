@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, Literal, TypeVar, cast
@@ -26,6 +27,11 @@ _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "max": lambda stacked: stacked.amax(dim=0),
     "min": lambda stacked: stacked.amin(dim=0),
 }
+
+
+def reduce_tensors(tensors: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
+    """What the ranks' tensors come to, in their own dtype."""
+    return _REDUCE[op](torch.stack(list(tensors)))
 
 
 class Group(ABC):
@@ -63,6 +69,20 @@ class Group(ABC):
     def barrier(self) -> None:
         """Wait for every rank."""
         self.all_gather_object(None)
+
+    def session(self, number: int) -> AbstractContextManager[None]:
+        """What the ranks do together under one ``number``, new each time and equal on all. Where
+        they can meet again after a failure, one that leaves it by an exception releases the others;
+        by default it means nothing. No communication is performed by this default."""
+        return nullcontext()
+
+    def give_up(self, failures: dict[int, str], session: int | None = None) -> dict[int, str]:
+        """Release the ranks that wait in ``session`` with these failures, where the group can."""
+        return failures
+
+    def close(self) -> None:  # noqa: B027  most groups hold nothing
+        """Let go of what the group holds beside torch.distributed. No communication is performed
+        by this default."""
 
     def everywhere(self, body: Callable[[], T], keep_own_error: bool = False) -> T:
         """Run ``body`` on every rank; this rank's result, or an error on all ranks if one of them
@@ -139,7 +159,7 @@ class ThreadGroup(Group):
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         values = self._exchange(tensor.clone())
-        return tensor.copy_(_REDUCE[op](torch.stack(values)))
+        return tensor.copy_(reduce_tensors(values, op))
 
     def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         rows = self._exchange([part.clone() for part in send])

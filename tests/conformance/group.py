@@ -38,6 +38,7 @@ def check(group: Group) -> None:
     check_objects(group)
     check_failures(group)
     check_order(group)
+    check_sessions(group)
 
 
 def check_place(group: Group) -> None:
@@ -151,3 +152,16 @@ def check_order(group: Group) -> None:
         total = group.all_reduce(torch.tensor([turn + group.rank], dtype=torch.int64))
         assert total.item() == turn * group.size + math.comb(group.size, 2)
         assert group.all_gather_object((turn, group.rank)) == [(turn, r) for r in range(group.size)]
+
+
+def check_sessions(group: Group) -> None:
+    """One after another; one that fails on all ranks does not spoil the next."""
+    for number in (1, 2):
+        with group.session(number):
+            assert group.all_gather_object(number) == [number] * group.size
+    with pytest.raises(RankFailedError), group.session(3):
+        group.raise_if_any_failed(ValueError("on all ranks"))
+    with group.session(4):
+        total = group.all_reduce(torch.tensor([group.rank]))
+        assert total.item() == math.comb(group.size, 2)
+    group.barrier()
