@@ -50,6 +50,13 @@ class CheckpointNotFoundError(EffxError, FileNotFoundError):
     """
 
 
+class FolderTakenError(EffxError, RuntimeError):
+    """Another job has begun to save to this run's folder, so this one no longer may.
+
+    The message names the folder, and the host and process of the other job.
+    """
+
+
 class MissingEngineError(EffxError, ImportError):
     """An engine (DeepSpeed, Megatron-core) is not installed, or this version of effx_dist does not
     support it.

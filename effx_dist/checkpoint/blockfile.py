@@ -3,45 +3,38 @@ the manifest."""
 
 from __future__ import annotations
 
-import os
-import stat
-from pathlib import Path
+import threading
+from collections import OrderedDict
 from types import TracebackType
 from typing import BinaryIO
 
 import xxhash
 
+from effx_dist.checkpoint.folder import (
+    MOMENTS_REMOVED,
+    is_moments_file,
+    moments_file_name,
+    rank_file_name,
+)
 from effx_dist.checkpoint.manifest import BlockRecord, FileRecord
-from effx_dist.errors import CorruptCheckpointError
+from effx_dist.checkpoint.storage import REMEDY, Location
+from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 MAGIC = b"EFFXBLK1"
-REMEDY = "Restore the file from a copy, or load an older step"
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, never through a link and without waiting for a pipe.
-
-    Raises CorruptCheckpointError where there is no such file.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise CorruptCheckpointError(
-            f"{path}: cannot be opened ({error.strerror}); the checkpoint is incomplete. {REMEDY}"
-        ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CorruptCheckpointError(f"{path}: is not a regular file; it was replaced. {REMEDY}")
-    return os.fdopen(descriptor, "rb")
+MAX_OPEN_FILES = 128
 
 
 class BlockWriter:
-    """Appends blocks to one new file. Not durable before :meth:`close` returns."""
+    """Appends blocks to one new file. Not durable before :meth:`commit` returns."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by close() or by leaving the context
-        self._file.write(MAGIC)
+    def __init__(self, folder: Location, name: str) -> None:
+        self.name = name
+        self._file = folder.create_file(name)
+        try:
+            self._file.write(MAGIC)
+        except BaseException:
+            self._file.discard()
+            raise
         self.num_bytes = len(MAGIC)
 
     def append(self, payload: bytes) -> BlockRecord:
@@ -53,16 +46,45 @@ class BlockWriter:
         self.num_bytes += len(payload)
         return record
 
-    def close(self) -> None:
-        """Flush, fsync and close. Raises OSError (a full disk, say) if anything did not reach the
-        disk."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+    def commit(self) -> None:
+        """Make the file durable under its name. Raises OSError (a full disk, say) if anything did
+        not get through."""
+        self._file.commit()
 
-    def __enter__(self) -> BlockWriter:
+    def discard(self) -> None:
+        """Give up what was not committed."""
+        self._file.discard()
+
+
+VALUES, MOMENTS = 0, 1
+"""Which of a rank's data files a block is in."""
+
+
+class RankFiles:
+    """The data files of one rank in one save. That of the moments is only made if there are any.
+
+    Leaving the context makes them durable, or discards them if an error is under way.
+    """
+
+    def __init__(self, folder: Location, rank: int) -> None:
+        self._folder = folder
+        self._names = (rank_file_name(rank), moments_file_name(rank))
+        self._files = {VALUES: BlockWriter(folder, self._names[VALUES])}
+
+    def append(self, payload: bytes, file: int) -> BlockRecord:
+        """Write one block's payload to the file VALUES or MOMENTS."""
+        if file not in self._files:
+            self._files[file] = BlockWriter(self._folder, self._names[file])
+        return self._files[file].append(payload)
+
+    def records(self) -> dict[int, FileRecord]:
+        """Name and size of what was written, by VALUES and MOMENTS."""
+        return {
+            key: FileRecord(name=file.name, bytes=file.num_bytes)
+            for key, file in self._files.items()
+        }
+
+    def __enter__(self) -> RankFiles:
         return self
 
     def __exit__(
@@ -71,10 +93,33 @@ class BlockWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        try:
+            if kind is None:
+                for file in self._files.values():
+                    file.commit()
+                self._folder.sync()
+        finally:
+            for file in self._files.values():
+                file.discard()
+
+
+class OpenFiles:
+    """Keeps the number of open files bounded: a chain of many links of many ranks has thousands."""
+
+    def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
+        self._limit = limit
+        self._readers: OrderedDict[BlockReader, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def used(self, reader: BlockReader) -> None:
+        """``reader`` has just been read from; close the one that was not for longest."""
+        with self._lock:
+            self._readers[reader] = None
+            self._readers.move_to_end(reader)
+            is_full = len(self._readers) > self._limit
+            oldest = self._readers.popitem(last=False)[0] if is_full else None
+        if oldest is not None:
+            oldest.close()
 
 
 class BlockReader:
@@ -84,21 +129,35 @@ class BlockReader:
     Opens regular files only, never through a link.
     """
 
-    def __init__(self, folder: Path, record: FileRecord) -> None:
+    def __init__(
+        self, folder: Location, record: FileRecord, open_files: OpenFiles | None = None
+    ) -> None:
+        self._open_files = open_files
         self.path = folder / record.name
+        self._folder = folder
+        self._name = record.name
         self._num_bytes = record.bytes
         self._file: BinaryIO | None = None
+        self._lock = threading.Lock()
 
     def open(self) -> BinaryIO:
         """The open file. Raises CorruptCheckpointError where it is missing, of another size or of
         another kind."""
         if self._file is None:
-            self._file = open_regular(self.path)
-            self._check(self._file)
+            self._refuse_removed()
+            file, num_bytes = self._folder.open_file(self._name)
+            self._file = file
+            self._check(file, num_bytes)
         return self._file
 
-    def _check(self, file: BinaryIO) -> None:
-        num_bytes = os.fstat(file.fileno()).st_size
+    def _refuse_removed(self) -> None:
+        if is_moments_file(self._name) and self._folder.has_file(MOMENTS_REMOVED):
+            raise CheckpointNotFoundError(
+                f"{self._folder}: is kept only because later steps build upon its weights; its moments "
+                "were removed. Load a newer step, or the weights alone (without an optimizer)"
+            )
+
+    def _check(self, file: BinaryIO, num_bytes: int) -> None:
         if num_bytes != self._num_bytes:
             raise CorruptCheckpointError(
                 f"{self.path}: has {num_bytes} bytes, the manifest says {self._num_bytes}; "
@@ -112,9 +171,12 @@ class BlockReader:
     def read(self, block: BlockRecord, tensor: str, index: int) -> bytes:
         """One block's payload, its checksum verified. Raises CorruptCheckpointError naming file,
         tensor and block."""
-        file = self.open()
-        file.seek(block.offset)
-        payload = file.read(block.length)
+        with self._lock:  # tensors are read by several threads
+            file = self.open()
+            file.seek(block.offset)
+            payload = file.read(block.length)
+        if self._open_files is not None:
+            self._open_files.used(self)
         if xxhash.xxh3_128_hexdigest(payload) != block.xxh3:
             raise CorruptCheckpointError(
                 f"{self.path}: block {index} of {tensor} (bytes {block.offset} to {block.offset + block.length}) "
@@ -123,7 +185,8 @@ class BlockReader:
         return payload
 
     def close(self) -> None:
-        """Close the file, if it was opened."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file, if it was opened; it opens again when it is needed."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None

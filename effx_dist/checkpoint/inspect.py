@@ -1,20 +1,21 @@
-"""Looking into a checkpoint folder: what is there, and whether every byte is what was written."""
+"""Looking into a checkpoint folder: what is there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from effx_dist.checkpoint.folder import (
+    MANIFEST,
+    MERGED,
+    MOMENTS_REMOVED,
+    PINNED,
     committed_steps,
-    local_folder,
-    require_committed,
     step_name,
-    uncommitted_steps,
+    unfinished_steps,
 )
-from effx_dist.checkpoint.manifest import Manifest
-from effx_dist.checkpoint.reader import StepReader, read_manifest
-from effx_dist.errors import CheckpointNotFoundError, EffxError
+from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.storage import Folder, Location, location
+from effx_dist.errors import CheckpointNotFoundError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class StepSummary:
     step: int
     kind: str = ""
     parent: str | None = None
+    base: str | None = None
+    """The base at the end of its chain of parents, which may be itself; None where that is gone."""
     profile: str = ""
     world_size: int = 0
     raw_bytes: int = 0
@@ -33,23 +36,42 @@ class StepSummary:
     run_ratio: float = 0.0
     error: float | None = None
     saved_at: str = ""
+    writer: str = ""
     num_tensors: int = 0
     committed: bool = False
+    pinned: bool = False
+    moments_removed: bool = False
+    """Kept for later steps that are differences to it: its weights can be read, its moments not."""
+    merged: bool = False
+    """Holds its weights as a base too, made from the chain that was below it."""
 
 
-def inspect_folder(folder: str | Path) -> list[StepSummary]:
+def inspect_folder(folder: Folder) -> list[StepSummary]:
     """Every checkpoint of a folder by step, also saves that were cut off. Reads manifests only.
 
     Raises CheckpointNotFoundError for a folder that is none, CorruptCheckpointError for a damaged
     manifest.
     """
-    path = _existing(folder)
-    committed = [_summary(read_manifest(path / step_name(s))[0]) for s in committed_steps(path)]
-    cut_off = [StepSummary(step) for step in uncommitted_steps(path)]
+    path = existing_folder(folder)
+    committed = _with_bases([_summary(path / step_name(s)) for s in committed_steps(path)])
+    cut_off = [StepSummary(step) for step in unfinished_steps(path)]
     return sorted(committed + cut_off, key=lambda summary: summary.step)
 
 
-def _summary(manifest: Manifest) -> StepSummary:
+def _with_bases(steps: list[StepSummary]) -> list[StepSummary]:
+    """The steps, oldest first, with the base of each."""
+    base_of: dict[str | None, str | None] = {}
+    found = []
+    for summary in steps:
+        name = step_name(summary.step)
+        is_base = summary.kind == "base" or summary.merged
+        base_of[name] = name if is_base else base_of.get(summary.parent)
+        found.append(replace(summary, base=base_of[name]))
+    return found
+
+
+def _summary(place: Location) -> StepSummary:
+    manifest, _ = read_manifest(place)
     figures = manifest.figures
     return StepSummary(
         step=manifest.step,
@@ -63,92 +85,18 @@ def _summary(manifest: Manifest) -> StepSummary:
         run_ratio=figures.run_ratio,
         error=figures.error,
         saved_at=manifest.saved_at,
+        writer=manifest.writer,
         num_tensors=len(manifest.tensors),
         committed=True,
+        pinned=place.has_file(PINNED),
+        moments_removed=place.has_file(MOMENTS_REMOVED),
+        merged=(place / MERGED).has_file(MANIFEST),
     )
 
 
-@dataclass
-class VerifyReport:
-    """What was read and what is wrong with it; no findings means that every committed byte is as
-    written."""
-
-    num_steps: int = 0
-    num_blocks: int = 0
-    num_bytes: int = 0
-    findings: list[str] = field(default_factory=list)
-
-
-def verify_folder(folder: str | Path, step: int | None = None) -> VerifyReport:
-    """Check manifests, parents, files and the checksum of every block of all committed steps, or of
-    one and its parents.
-
-    Findings are collected, not raised. Raises CheckpointNotFoundError where there is nothing to
-    verify.
-    """
-    path = _existing(folder)
-    steps = committed_steps(path)
-    if step is not None:
-        steps = [require_committed(path, step)]
-    if not steps:
-        raise CheckpointNotFoundError(f"{path}: holds no committed checkpoint")
-    report = VerifyReport()
-    names = [step_name(s) for s in steps]
-    seen: set[str] = set()
-    while names:
-        name = names.pop(0)
-        if name not in seen:
-            seen.add(name)
-            names += _verify_step(path / name, report)
-    return report
-
-
-def _verify_step(folder: Path, report: VerifyReport) -> list[str]:
-    """Verify one step into ``report``; returns the name of its parent, to be verified too."""
-    report.num_steps += 1
-    try:
-        reader = StepReader(folder)
-    except EffxError as error:
-        report.findings.append(str(error))
-        return []
-    for file in reader.files:
-        try:
-            file.open()
-        except EffxError as error:
-            report.findings.append(str(error))
-    for name, record in reader.manifest.tensors.items():
-        for chunk in record.chunks:
-            for index, block in enumerate(chunk.blocks):
-                report.num_blocks += 1
-                report.num_bytes += block.length
-                try:
-                    reader.files[chunk.file].read(block, name, index)
-                except EffxError as error:
-                    if str(error) not in report.findings:
-                        report.findings.append(str(error))
-    for file in reader.files:
-        file.close()
-    return _verify_parent(folder, reader.manifest, report)
-
-
-def _verify_parent(folder: Path, manifest: Manifest, report: VerifyReport) -> list[str]:
-    parent = manifest.parent
-    if parent is None:
-        return []
-    try:
-        _, checksum = read_manifest(folder.parent / parent.name)
-    except EffxError as error:
-        report.findings.append(f"{folder}: its parent cannot be read: {error}")
-        return []
-    if checksum != parent.xxh3:
-        report.findings.append(
-            f"{folder}: its parent {parent.name} is not the checkpoint it was made against; it was replaced"
-        )
-    return [parent.name]
-
-
-def _existing(folder: str | Path) -> Path:
-    path = local_folder(folder)
-    if not path.is_dir():
+def existing_folder(folder: Folder) -> Location:
+    """The folder of checkpoints; raises CheckpointNotFoundError where there is none."""
+    path = location(folder)
+    if not path.is_folder(follow_link=True) and not committed_steps(path):
         raise CheckpointNotFoundError(f"{path}: is not a folder")
     return path

@@ -9,22 +9,24 @@ than the files' bytes can account for.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from effx_dist.checkpoint.folder import MANIFEST, replace_file
-from effx_dist.errors import CorruptCheckpointError
+from effx_dist.checkpoint.folder import MANIFEST
+from effx_dist.checkpoint.storage import Location
+from effx_dist.errors import ConfigError, CorruptCheckpointError
 from effx_dist.shard import Box
 
 FORMAT = "effx-excp"
-VERSION = 1
+VERSION = 2
 BLOCK_NUMEL = 2**20
 """Elements of a block, the unit of coding, checking and partial reading. A chunk's last block may
 be shorter."""
@@ -123,8 +125,17 @@ class JointSecondMoment(_Record):
     exp_avg: str
 
 
+class Seeded(_Record):
+    """Not stored: what a seed initialises the tensor to. ``fingerprint``: the hash of the whole
+    tensor by which a load tells that the live one holds just that."""
+
+    kind: Literal["seeded"] = "seeded"
+    fingerprint: Hex128
+
+
 Coding = Annotated[
-    Planes | Delta | JointWeight | JointMoment | JointSecondMoment, Field(discriminator="kind")
+    Planes | Delta | JointWeight | JointMoment | JointSecondMoment | Seeded,
+    Field(discriminator="kind"),
 ]
 
 
@@ -158,7 +169,8 @@ class Figures(_Record):
     """Sizes of this save and of the run so far (bases included), in bytes, headers and manifest
     counted.
 
-    ``error``: largest relative root-mean-square weight error of this save over its tensors; 0 if
+    ``base_bytes`` and ``links_bytes``: stored bytes of the chain's base and of its links, this save
+    included. ``error``: largest relative root-mean-square weight error of this save over its tensors; 0 if
     all is exact.
     """
 
@@ -167,6 +179,8 @@ class Figures(_Record):
     run_raw_bytes: Count
     run_stored_bytes: Count
     saves_since_base: Count
+    base_bytes: Count = 0
+    links_bytes: Count = 0
     error: float = Field(ge=0, allow_inf_nan=False)
 
     @property
@@ -182,7 +196,7 @@ class Figures(_Record):
 
 class Manifest(_Record):
     """One checkpoint. ``values``: JSON entries of the state dict; ``extra``: what the caller handed
-    over."""
+    over; ``merges``: of a base made from a chain, the checksum of the link that it stands for."""
 
     step: Count
     kind: Literal["base", "link"]
@@ -197,6 +211,7 @@ class Manifest(_Record):
     tensors: dict[Name, TensorRecord]
     values: dict[Name, Any] = {}
     extra: Any = None
+    merges: Hex128 | None = None
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
@@ -212,7 +227,7 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
     return text.replace(_ZEROS.encode(), checksum.encode(), 1)
 
 
-def manifest_from_bytes(content: bytes, path: Path) -> Manifest:
+def manifest_from_bytes(content: bytes, path: object) -> Manifest:
     """The way back. Raises CorruptCheckpointError naming ``path`` and what is wrong; runs no code
     from the file."""
     checksum = manifest_checksum(content, path)
@@ -254,12 +269,12 @@ def short(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
 
 
-def manifest_checksum(content: bytes, path: Path) -> str:
+def manifest_checksum(content: bytes, path: object) -> str:
     """The checksum that a manifest states of itself."""
     return _head(content, path)[2].decode()
 
 
-def _head(content: bytes, path: Path) -> re.Match[bytes]:
+def _head(content: bytes, path: object) -> re.Match[bytes]:
     head = _HEAD.match(content)
     if head is None:
         raise CorruptCheckpointError(
@@ -269,11 +284,22 @@ def _head(content: bytes, path: Path) -> re.Match[bytes]:
     return head
 
 
-def write_manifest(folder: Path, content: bytes) -> None:
+def sha256_line(content: bytes) -> bytes:
+    """A manifest's SHA-256 as ``sha256sum`` writes it: for signatures, which an xxh3 cannot carry."""
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def write_manifest(folder: Location, content: bytes) -> None:
     """Commit: the manifest appears whole, by fsync and rename, after everything it names is
     durable. Where that cannot be made sure of, it does not stay."""
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ConfigError(
+            f"{folder / MANIFEST}: would have {len(content)} bytes, at most {MAX_MANIFEST_BYTES} are "
+            "read back; save fewer or larger tensors, or less in `extra`"
+        )
     try:
-        replace_file(folder / MANIFEST, content)
+        folder.replace_file(MANIFEST, content)
     except BaseException:
-        (folder / MANIFEST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.remove_file(MANIFEST)
         raise

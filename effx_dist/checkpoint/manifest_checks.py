@@ -7,7 +7,6 @@ their files, and no size asks for more memory than the files' bytes can account 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from effx_dist.checkpoint.folder import checked_rank_file_name, checked_sibling_name
 from effx_dist.checkpoint.manifest import (
@@ -20,6 +19,7 @@ from effx_dist.checkpoint.manifest import (
     JointMoment,
     JointSecondMoment,
     Manifest,
+    Seeded,
     TensorRecord,
     short,
 )
@@ -31,7 +31,7 @@ MAX_RATIO = 2**17
 MAX_DIMS = 64
 
 
-def check_manifest(manifest: Manifest, path: Path) -> None:
+def check_manifest(manifest: Manifest, path: object) -> None:
     """Raise CorruptCheckpointError, naming ``path`` and the tensor, for a manifest that does not
     hold together."""
     try:
@@ -40,7 +40,7 @@ def check_manifest(manifest: Manifest, path: Path) -> None:
         raise CorruptCheckpointError(short(str(error), 1500)) from None
 
 
-def _check(manifest: Manifest, path: Path) -> None:
+def _check(manifest: Manifest, path: object) -> None:
     where = str(path)
     if (manifest.kind == "link") != (manifest.parent is not None):
         raise CorruptCheckpointError(f"{where}: a link needs a parent and a base has none")
@@ -75,6 +75,10 @@ def _check_tensor(where: str, record: TensorRecord, manifest: Manifest) -> None:
     boxes = [chunk.box for chunk in record.chunks if len(chunk.offsets) == len(chunk.sizes)]
     if len(boxes) != len(record.chunks):
         raise CorruptCheckpointError(f"{where}: a chunk has offsets and sizes of different lengths")
+    if isinstance(record.coding, Seeded):
+        if record.chunks or manifest.kind != "base":
+            raise CorruptCheckpointError(f"{where}: is seeded, so a base states it without chunks")
+        return
     _check_tiling(where, record, boxes)
     for chunk in record.chunks:
         _check_chunk(where, record, chunk, manifest.files)
