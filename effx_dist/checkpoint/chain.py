@@ -7,7 +7,9 @@ so errors do not add up along a chain. A save becomes the reference only once it
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,6 +30,9 @@ class Chain:
         references: reconstruction of each chained tensor's local boxes, by name and offsets, in
             host memory.
         figures: sizes of the run so far, up to that checkpoint. Used by the coordinator only.
+
+    A chain that is handed to another process time and again (AsyncCheckpointerType.PROCESS pickles
+    the writer for each save) goes on there where the save before left it.
     """
 
     id: str | None = None
@@ -35,6 +40,10 @@ class Chain:
     references: dict[Key, torch.Tensor] = field(default_factory=dict)
     figures: Figures | None = None
     _pending: tuple[str, dict[Key, torch.Tensor]] | None = None
+    _name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _go_on, ((self._name, self.id), self.__dict__)
 
     @property
     def pending_id(self) -> str | None:
@@ -43,12 +52,15 @@ class Chain:
 
     def reference(self, name: str, box: Box, dtype: torch.dtype) -> torch.Tensor | None:
         """The reference of one local box, or None where there is none of that size and dtype."""
-        key = (name, box.offsets)
-        pending = {} if self._pending is None else self._pending[1]
-        found = pending.get(key, self.references.get(key))
-        if found is None or tuple(found.shape) != box.sizes or found.dtype != dtype:
-            return None
-        return found
+        return _fitting(self.references, name, box, dtype)
+
+    def has_reference(self, name: str, box: Box, dtype: torch.dtype) -> bool:
+        """Whether :meth:`reference` will find one, whichever way a pending save turns out to have
+        ended."""
+        states = [] if self.id is None else [self.references]
+        states += [] if self._pending is None else [self._pending[1]]
+        found = [_fitting(state, name, box, dtype) for state in states]
+        return bool(found) and all(tensor is not None for tensor in found)
 
     def begin(self, identity: str, reconstruction: dict[Key, torch.Tensor]) -> None:
         """A save has been written here; ``reconstruction`` is what it decodes to."""
@@ -82,3 +94,25 @@ class Chain:
         """Go on from a checkpoint that has just been loaded."""
         self.id, self.parent, self.figures = identity, parent, figures
         self.references, self._pending = references, None
+
+
+_handed_over: dict[tuple[str, str | None], Chain] = {}
+"""The chain that last came from another process, by its name and where it stood there."""
+
+
+def _go_on(origin: tuple[str, str | None], state: dict[str, Any]) -> Chain:
+    if origin not in _handed_over:
+        chain = Chain()
+        chain.__dict__.update(state)
+        _handed_over.clear()  # each holds the weights
+        _handed_over[origin] = chain
+    return _handed_over[origin]
+
+
+def _fitting(
+    references: dict[Key, torch.Tensor], name: str, box: Box, dtype: torch.dtype
+) -> torch.Tensor | None:
+    found = references.get((name, box.offsets))
+    if found is None or tuple(found.shape) != box.sizes or found.dtype != dtype:
+        return None
+    return found

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from effx_dist.checkpoint.dcp_reader import ExcpReader
 from effx_dist.checkpoint.executor import make_executor
 from effx_dist.checkpoint.folder import (
     committed_steps,
-    local_folder,
     newest_step,
     require_committed,
     step_name,
 )
-from effx_dist.checkpoint.reader import ExcpReader
-from effx_dist.checkpoint.restore import restore
-from effx_dist.checkpoint.saver import SaveJob, SaveResult
+from effx_dist.checkpoint.matching import LoadReport, NameMap, warn_of_left_alone
+from effx_dist.checkpoint.pending import PendingSave
+from effx_dist.checkpoint.restore import Wanted, restore
+from effx_dist.checkpoint.saver import SaveJob
+from effx_dist.checkpoint.seeded import start_chain
+from effx_dist.checkpoint.sigterm import SigtermMemory
 from effx_dist.checkpoint.staging import Staging
+from effx_dist.checkpoint.storage import location
 from effx_dist.checkpoint.training_state import Stateful, collect
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError
-from effx_dist.shard import Group, separate_group
+from effx_dist.shard import Group, SoloGroup, meet, separate_group
 
 logger = logging.getLogger(__name__)
 
@@ -37,94 +40,29 @@ PLAIN = ExcpConfig(profile="lossless", base_every=1)
 """What a Checkpointer without a config writes: exact, whole checkpoints."""
 
 
-class PendingSave:
-    """A save under way.
-
-    Attributes:
-        step: the optimizer step it is of.
-        blocked_s: seconds that ``async_save`` kept the training loop, waiting for an earlier save
-            included.
-        skipped: True where policy "skip" left it out because another save was in flight.
-        reported: whether somebody has waited for it, and so knows how it ended.
-    """
-
-    def __init__(self, step: int, future: Future[SaveResult] | None, blocked_s: float) -> None:
-        self.step = step
-        self.blocked_s = blocked_s
-        self.skipped = future is None
-        self._future = future
-        self.reported = False
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._future is None or self._future.done()
-
-    def wait(self) -> PendingSave:
-        """Wait for the end; re-raises, with its traceback, what made it fail on this or another
-        rank."""
-        if self._future is not None:
-            self.reported = True
-            self._future.result()
-        return self
-
-    def failure(self) -> BaseException | None:
-        """What made an ended save fail, or None."""
-        if self._future is None or not self._future.done():
-            return None
-        return self._future.exception()
-
-    @property
-    def result(self) -> SaveResult:
-        """What the committed save came to; waits for it."""
-        if self._future is None:
-            raise ValueError(f"the save of step {self.step} was skipped; it has no result")
-        return self.wait()._future.result()  # type: ignore[union-attr]
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of all saved tensors, uncompressed, all ranks together. Waits for the save."""
-        return self.result.figures.raw_bytes
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all files written, manifest included. Waits for the save."""
-        return self.result.figures.stored_bytes
-
-    @property
-    def ratio(self) -> float:
-        """raw_bytes / stored_bytes. Waits for the save."""
-        return self.result.figures.ratio
-
-    @property
-    def run_ratio(self) -> float:
-        """The same over all saves of the run so far, bases included. Waits for the save."""
-        return self.result.figures.run_ratio
-
-    @property
-    def error(self) -> float:
-        """Largest relative root-mean-square weight error over the tensors; 0 if exact. Waits for
-        the save."""
-        return self.result.figures.error
-
-    @property
-    def write_s(self) -> float:
-        """Seconds from the start of encoding to the commit, on this rank. Waits for the save."""
-        return self.result.write_s
-
-
 class Checkpointer:
     """Saves and loads model, optimizer and everything else of a run in ``folder/step-N``.
 
     Args:
-        folder: the run's checkpoint folder, shared by all ranks. Local path.
+        folder: the run's checkpoint folder, shared by all ranks: a local path or an fsspec URL.
         config: the ``excp`` section; None or ``enabled = false`` writes exact, whole checkpoints.
         group: the ranks that save, for async_mode "sync" only. None: all ranks of
-            torch.distributed, over two gloo groups made here that nothing else uses (collective),
-            or this process alone.
+            torch.distributed, or this process alone. What the training thread says goes over a gloo
+            group made here that nothing else uses, saves talk through a store that rank 0's process
+            serves (collective: make the Checkpointer on every rank).
         timeout: how long a rank waits for another in a save before the save fails.
 
     A failed save is logged, commits nothing and leaves the previous checkpoint as it was; training
-    may go on.
+    may go on. A rank that does not come, dies, or loses touch is named on all ranks, within
+    ``timeout`` at the latest; the next save works again if all ranks are there.
+
+    How it ends: leaving the ``with`` block, ``close()`` and a normal exit of the interpreter finish
+    the save in flight. Ctrl-C (KeyboardInterrupt) in the training loop or in ``wait()`` leaves the
+    save running; ``close()`` then finishes it, and a second Ctrl-C, which interrupts that,
+    abandons it: nothing is committed, and the next run removes what was written. SIGTERM ends the
+    process at once, as ever in Python, and the save with it, unless ``save_on_sigterm`` is set; see
+    ``should_stop``. A saving process ignores all these signals and ends with the process it
+    belongs to.
     """
 
     def __init__(
@@ -135,9 +73,10 @@ class Checkpointer:
         group: Group | None = None,
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        self.folder = local_folder(folder)
+        self.folder = location(folder)
         self.config = config if config is not None and config.enabled else PLAIN
         self.num_skipped = 0
+        self.last_load: LoadReport | None = None
         if group is not None and group.size > 1 and self.config.async_mode != "sync":
             raise ConfigError(
                 f"effx.excp.async_mode = {self.config.async_mode!r} with a group of {group.size} ranks "
@@ -145,12 +84,31 @@ class Checkpointer:
             )
         # saves run beside training: what they say to each other must never mix with what this thread says
         self._control = group if group is not None else separate_group(timeout)
-        saving = group if group is not None else separate_group(timeout)
-        self._executor = make_executor(self.folder, self.config, saving, timeout)
+        self._store, rendezvous = meet(self._control if group is None else SoloGroup(), timeout)
+        self._executor = make_executor(self.folder, self.config, rendezvous, group)
+        self._num_saves = 0
         self._staging = Staging(shared=self.config.async_mode == "process")
         self._pending: PendingSave | None = None
         self._closed = False
-        atexit.register(self._close_at_exit)
+        self._sigterm = SigtermMemory() if self.config.save_on_sigterm else None
+        _open.add(self)
+
+    def begin(self, model: torch.nn.Module) -> None:
+        """With ``seeded_base``: take the weights of ``model``, as they were just initialised, as
+        the base of the run's chain; only their hashes are stored. Without it, nothing is done.
+
+        Call on every rank before the first step of a run that does not resume. To load then takes a
+        model initialised in the same way, until the next stored base. Three small gathers. Raises
+        ConfigError where the folder holds checkpoints already.
+        """
+        if not self.config.seeded_base:
+            return
+        if self.newest() is not None:
+            raise ConfigError(
+                f"{self.folder}: holds checkpoints already; load one, or begin in another folder"
+            )
+        state = collect(model, None, {}, {}, self._control.rank)
+        self._executor.restart(start_chain(self.folder, state.leaves, self._control))
 
     def async_save(
         self,
@@ -187,12 +145,18 @@ class Checkpointer:
             logger.warning("step %d: not saved, the save before it is still in flight", step)
             return PendingSave(step, None, time.perf_counter() - started)
         self._settle_pending()
+        self._num_saves += 1  # on every rank, however this call ends: saves find each other by it
         state = self._control.everywhere(
             lambda: collect(model, optimizer, stateful or {}, extra or {}, self._control.rank),
             keep_own_error=True,
         )
-        job = SaveJob(step, self._staging.copy(state.leaves), state.values, state.aliases)
-        future = self._executor.submit(job)
+        try:
+            staged = self._staging.copy(state.leaves)
+        except BaseException as error:  # Ctrl-C, no memory: the other ranks save already
+            self._executor.give_up(self._num_saves, error)
+            raise
+        job = SaveJob(step, staged, state.values, state.aliases)
+        future = self._executor.submit(job, self._num_saves)
         self._pending = PendingSave(step, future, time.perf_counter() - started)
         return self._pending
 
@@ -215,14 +179,30 @@ class Checkpointer:
         *,
         stateful: Mapping[str, Stateful] | None = None,
         step: int | None = None,
+        strict: bool = True,
+        mapping: NameMap | None = None,
     ) -> dict[str, Any]:
         """Fill live objects in place from the newest committed checkpoint, or that of ``step``.
         Call on every rank.
 
         The world size and the layout may differ from those that saved. Every block read is
-        verified. Ranks that saved random states get theirs back. Later saves are differences to
-        what was loaded; newer checkpoints than an explicit older ``step`` are then set aside
-        (renamed), not overwritten.
+        verified. Later saves are differences to what was loaded under its own name; newer
+        checkpoints than an explicit older ``step`` are then set aside (renamed), not overwritten.
+
+        Args:
+            model, optimizer, stateful: as in :meth:`async_save`. What is not handed over is not
+                read: without an optimizer, only the weights and ``extra`` are.
+            step: None: the newest.
+            strict: refuse tensors that only the checkpoint or only the live objects have. False:
+                live ones keep their values, the checkpoint's are left out, and so are the options
+                of parameter groups if their number differs; a warning names the tensors and
+                ``last_load`` holds their names. Another shape or dtype is always refused.
+            mapping: from the name of a live parameter or buffer to its name in the checkpoint; the
+                optimizer's state follows. A dictionary (names that it lacks are left as they are)
+                or a function of every name. None for a name: not loaded, and not missed.
+
+        The global random states come back on ranks that saved some, but only if the run goes on as
+        it was: not with ``strict=False`` or a mapping.
 
         Returns:
             The ``extra`` that was saved (an empty dictionary if none), with ``extra["step"]``.
@@ -237,9 +217,13 @@ class Checkpointer:
         reader = ExcpReader(self.folder / step_name(chosen))
         try:
             self._control.everywhere(lambda: reader.chain, keep_own_error=True)
-            extra, loaded = restore(reader, model, optimizer, stateful or {}, self._control)
+            keeps_references = self.config.base_every > 1
+            wanted = Wanted(model, optimizer, stateful or {}, strict, mapping, keeps_references)
+            extra, loaded, self.last_load = restore(reader, wanted, self._control)
         finally:
             reader.close()
+        if self._control.rank == 0:
+            warn_of_left_alone(self.last_load)
         self._executor.restart(replace(loaded, is_newest=step is None))
         return {**extra, "step": chosen}
 
@@ -253,30 +237,52 @@ class Checkpointer:
         if self._pending is not None:
             self._pending.wait()
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether any rank has got SIGTERM (``save_on_sigterm``): save once more and leave the
+        loop. Read it on every rank at the same step; one small gather, none if ``save_on_sigterm``
+        is off.
+
+        The first SIGTERM is only remembered; a second one acts as if there were no Checkpointer.
+        """
+        if self._sigterm is None:
+            return False
+        return any(self._control.all_gather_object(self._sigterm.received))
+
     def close(self) -> None:
         """Finish a save in flight and let go of all threads, processes and buffers. Raises what
-        made that save fail, unless somebody has waited for it already."""
+        made that save fail, unless somebody has waited for it already. Ctrl-C abandons the save."""
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self._close_at_exit)
+        _open.discard(self)
         try:
             if self._pending is not None and not self._pending.reported:
                 self._pending.wait()
+        except Exception:
+            self._let_go()
+            raise
+        except BaseException:
+            self._executor.abandon()
+            raise
+        else:
+            self._let_go()
         finally:
+            if self._sigterm is not None:
+                self._sigterm.restore()
+
+    def _let_go(self) -> None:
+        try:
             self._executor.close()
+        except KeyboardInterrupt:
+            self._executor.abandon()
+            raise
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _close_at_exit(self) -> None:
-        try:
-            self.close()
-        except Exception:
-            logger.exception("the last save failed")
 
     def _must_skip(self) -> bool:
         """Policy "skip": whether a save is in flight on any rank. One small gather; none under
@@ -291,7 +297,7 @@ class Checkpointer:
         here."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
+        pending = self._pending
         was_reported = pending.reported
         try:
             pending.wait()
@@ -301,6 +307,7 @@ class Checkpointer:
                     "the save of step %d failed; nothing was committed for it, training goes on",
                     pending.step,
                 )
+        self._pending = None
 
     def _choose(self, step: int | None) -> int:
         """Rank 0 looks, so that all ranks choose the same or raise the same."""
@@ -316,3 +323,20 @@ class Checkpointer:
         if not isinstance(found, int):
             raise CheckpointNotFoundError(found)
         return found
+
+
+_open: set[Checkpointer] = set()
+
+
+def _close_at_exit() -> None:
+    while _open:
+        try:
+            next(iter(_open)).close()
+        except Exception:
+            logger.exception("the last save failed")
+        except KeyboardInterrupt:
+            logger.warning("the last save was abandoned")
+
+
+# not atexit: a save in flight still needs thread pools, and those are shut down before atexit runs
+threading._register_atexit(_close_at_exit)  # type: ignore[attr-defined]

@@ -96,9 +96,8 @@ def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[
     and the base is not due; else a base.
     """
     states: list[LocalState] = [plan.storage_data for plan in plans]
-    due = chain.figures is None or chain.figures.saves_since_base + 1 >= config.base_every
     shared = chain.id is not None and all(chain.id in state.ids for state in states)
-    parent_id = chain.id if shared and not due else None
+    parent_id = chain.id if shared and not _is_base_due(chain.figures, config) else None
     unreferenced = frozenset(
         item.index.fqn
         for plan in plans
@@ -119,6 +118,14 @@ def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[
         Decision(identity, parent_id, unreferenced, specs, facts, rank, len(plans))
         for rank in range(len(plans))
     ]
+
+
+def _is_base_due(before: Figures | None, config: ExcpConfig) -> bool:
+    """By the number of saves since the last base, or by what they take up in units of it."""
+    if before is None or before.saves_since_base + 1 >= config.base_every:
+        return True
+    size = config.base_every_size
+    return size is not None and before.links_bytes >= size * before.base_bytes
 
 
 def _boxes_by_name(plan: SavePlan) -> dict[str, set[tuple[torch.Size, torch.Size]]]:
@@ -146,11 +153,11 @@ def _is_together(joint: Joint, boxes_by_rank: Sequence[Mapping[str, object]]) ->
 
 @dataclass(frozen=True)
 class Written:
-    """One rank's report of one thing written: a chunk of a tensor, a JSON value, or the data file
-    itself."""
+    """One rank's report of one thing written: a chunk of a tensor (its ``file`` is VALUES or
+    MOMENTS), a JSON value, or the data files themselves."""
 
     rank: int
-    content: ChunkRecord | FileRecord | Any
+    content: ChunkRecord | dict[int, FileRecord] | Any
 
 
 @dataclass(frozen=True)
@@ -171,15 +178,18 @@ def build_manifest(
     facts: SaveFacts,
 ) -> tuple[Manifest, bytes]:
     """The manifest of what all ranks wrote, and its bytes. Coordinator only; writes nothing."""
-    files: dict[int, FileRecord] = {}
+    reports = [r for results_of_rank in results for r in results_of_rank]
+    files = _files(reports)
+    index_of = {place: index for index, place in enumerate(files)}
     chunks: dict[str, list[ChunkRecord]] = {name: [] for name in decision.facts}
     values: dict[str, Any] = {}
-    for result in (r for results_of_rank in results for r in results_of_rank):
+    for result in reports:
         match result.storage_data:
-            case Written(rank=rank, content=FileRecord() as record):
-                files[rank] = record
+            case Written() if not result.index.fqn:
+                continue
             case Written(rank=rank, content=ChunkRecord() as chunk):
-                chunks[result.index.fqn].append(chunk.model_copy(update={"file": rank}))
+                file = index_of[rank, chunk.file]
+                chunks[result.index.fqn].append(chunk.model_copy(update={"file": file}))
             case Written(content=value):
                 values[result.index.fqn] = value
     tensors = {
@@ -200,7 +210,7 @@ def build_manifest(
         world_size=decision.num_ranks,
         saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
         writer=f"effx-dist {__version__}",
-        files=[files[rank] for rank in sorted(files)],
+        files=list(files.values()),
         figures=Figures(
             raw_bytes=sum(t.numel * t.torch_dtype.itemsize for t in tensors.values()),
             stored_bytes=0,
@@ -214,7 +224,18 @@ def build_manifest(
         values=values,
         extra=facts.extra,
     )
-    return _with_sizes(manifest, chain.figures)
+    return with_sizes(manifest, chain.figures)
+
+
+def _files(reports: Sequence[WriteResult]) -> dict[tuple[int, int], FileRecord]:
+    """All data files, by rank and by VALUES or MOMENTS, in that order."""
+    found = {
+        (report.storage_data.rank, key): record
+        for report in reports
+        if not report.index.fqn
+        for key, record in report.storage_data.content.items()
+    }
+    return dict(sorted(found.items()))
 
 
 def _saves_since_base(decision: Decision, chain: Chain) -> int:
@@ -223,7 +244,15 @@ def _saves_since_base(decision: Decision, chain: Chain) -> int:
     return chain.figures.saves_since_base + 1
 
 
-def _with_sizes(manifest: Manifest, before: Figures | None) -> tuple[Manifest, bytes]:
+def _bytes_since_base(
+    manifest: Manifest, stored_bytes: int, before: Figures | None
+) -> dict[str, int]:
+    if manifest.kind == "base" or before is None:
+        return {"base_bytes": stored_bytes, "links_bytes": 0}
+    return {"base_bytes": before.base_bytes, "links_bytes": before.links_bytes + stored_bytes}
+
+
+def with_sizes(manifest: Manifest, before: Figures | None) -> tuple[Manifest, bytes]:
     """Fill in the stored sizes, which count the manifest itself: repeated until its length stands
     still."""
     data_bytes = sum(file.bytes for file in manifest.files)
@@ -236,6 +265,7 @@ def _with_sizes(manifest: Manifest, before: Figures | None) -> tuple[Manifest, b
                 "run_raw_bytes": manifest.figures.raw_bytes
                 + (before.run_raw_bytes if before else 0),
                 "run_stored_bytes": stored_bytes + (before.run_stored_bytes if before else 0),
+                **_bytes_since_base(manifest, stored_bytes, before),
             }
         )
         manifest = manifest.model_copy(update={"figures": figures})

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from effx_dist.checkpoint.dcp_reader import ExcpReader
 from effx_dist.checkpoint.fragment import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.manifest import Manifest
-from effx_dist.checkpoint.reader import ExcpReader
 from effx_dist.checkpoint.writer import ExcpWriter
 from effx_dist.shard import Group
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from effx_dist.checkpoint.drive import drive_save
 from effx_dist.checkpoint.folder import step_name
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.manifest import Figures, ParentRecord
+from effx_dist.checkpoint.ownership import Ownership
 from effx_dist.checkpoint.retention import remove_leftovers, retire, set_aside_newer
 from effx_dist.checkpoint.writer import ExcpWriter
 from effx_dist.config import ExcpConfig
@@ -63,15 +63,16 @@ class Saver:
     """Runs saves one after another. Not thread-safe: one thread or process owns it.
 
     Args:
-        folder: the run's checkpoint folder.
+        ownership: the job's claim on the run's checkpoint folder.
         config: the ``excp`` section.
         group: the ranks that save, used by nothing else.
     """
 
-    def __init__(self, folder: Path, config: ExcpConfig, group: Group) -> None:
-        self._folder = folder
+    def __init__(self, ownership: Ownership, config: ExcpConfig, group: Group) -> None:
+        self._folder = ownership.folder
         self._config = config
         self._group = group
+        self._ownership = ownership
         self._chain = Chain()
         self._is_first = True
         self._set_aside_above: int | None = None
@@ -81,12 +82,27 @@ class Saver:
         self._chain.restart(loaded.id, loaded.parent, loaded.figures, loaded.references)
         self._set_aside_above = None if loaded.is_newest else loaded.step
 
-    def save(self, job: SaveJob) -> SaveResult:
-        """Encode, write and commit one checkpoint; then retire old ones. Collective over the group.
+    def save(self, job: SaveJob, session: int) -> SaveResult:
+        """Encode, write and commit one checkpoint; then retire old ones. Collective over the group,
+        in a session of that number: the same on all ranks, and new each time.
 
         Raises RankFailedError on all ranks if one failed; then nothing was committed, and what was
-        written is removed.
+        written is removed. Only a rank that loses touch just when rank 0 commits cannot know; the
+        next save finds out and is a base.
         """
+        with self._group.session(session):
+            return self._save(job)
+
+    def give_up(self, session: int, error: BaseException) -> None:
+        """Tell the other ranks that this one does not come to a session."""
+        rank = self._group.rank
+        self._group.give_up({rank: f"{type(error).__name__}: {error}"}, session)
+
+    def close(self) -> None:
+        """Let go of the group. Rank 0 first waits a little for ranks that still read from it."""
+        self._group.close()
+
+    def _save(self, job: SaveJob) -> SaveResult:
         started = time.perf_counter()
         self._group.everywhere(self._clear_the_way)
         writer = ExcpWriter(
@@ -95,6 +111,7 @@ class Saver:
             chain=self._chain,
             group=self._group,
             facts=SaveFacts(job.step, job.extra, job.aliases),
+            before_commit=self._ownership.check,
             owns_tensors=True,
         )
         try:
@@ -111,13 +128,20 @@ class Saver:
         if self._group.rank != 0:
             return
         try:
+            self._ownership.check()
             remove(*arguments)
         except (OSError, EffxError):
             logger.exception("%s: old or unfinished checkpoints stay", self._folder)
 
     def _clear_the_way(self) -> None:
-        if self._group.rank == 0 and self._is_first:
+        """Rank 0 makes sure that the folder is this job's, and empty of what is not to stay."""
+        if self._group.rank != 0:
+            return
+        self._ownership.take()
+        self._ownership.check()
+        if self._is_first:
             remove_leftovers(self._folder)
-        if self._group.rank == 0 and self._set_aside_above is not None:
+            self._is_first = False
+        if self._set_aside_above is not None:
             set_aside_newer(self._folder, self._set_aside_above)
-        self._is_first, self._set_aside_above = False, None
+            self._set_aside_above = None

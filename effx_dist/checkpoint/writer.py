@@ -6,7 +6,7 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from effx_dist.checkpoint.blockfile import BlockWriter
+from effx_dist.checkpoint.blockfile import RankFiles
 from effx_dist.checkpoint.chain import Chain, Key
 from effx_dist.checkpoint.chunks import ChunkEncoder, JointParts
 from effx_dist.checkpoint.commit import (
@@ -31,28 +31,28 @@ from effx_dist.checkpoint.commit import (
 from effx_dist.checkpoint.folder import (
     LATEST,
     MANIFEST,
+    MANIFEST_SHA256,
     claim_step_folder,
-    local_folder,
-    rank_file_name,
-    replace_file,
     step_of,
-    sync_folder,
 )
-from effx_dist.checkpoint.joints import TensorFacts, is_chained
+from effx_dist.checkpoint.joints import TensorFacts, is_chained, is_moment
 from effx_dist.checkpoint.manifest import (
     ChunkRecord,
     Delta,
-    FileRecord,
     Manifest,
     ParentRecord,
     manifest_checksum,
+    sha256_line,
     write_manifest,
 )
 from effx_dist.checkpoint.quantisers import Measured, measure
+from effx_dist.checkpoint.retention import stated_checksum
+from effx_dist.checkpoint.storage import Location, location
 from effx_dist.checkpoint.values import parse_value
 from effx_dist.config import ExcpConfig
 from effx_dist.core.excp import PROFILES
-from effx_dist.shard import Box, Group, as_group, separate_group
+from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
+from effx_dist.shard import Box, Group, SoloGroup, as_group, separate_group
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ExcpWriter(StorageWriter):
     a chain every save is a base.
 
     Args:
-        path: the checkpoint's own folder, ``.../step-N``. Local only.
+        path: the checkpoint's own folder, ``.../step-N``: a local path or an fsspec URL.
         config: profile, base_every, max_error.
         chain: what the next save is a difference against; updated by saves that were committed.
         group: the ranks that save, for the merging of statistics while the data are written, in
@@ -76,8 +76,12 @@ class ExcpWriter(StorageWriter):
             (collective: make the writer on every rank).
         facts: step (default: from the folder's name), JSON ``extra`` and name aliases for the
             manifest.
+        before_commit: called by the coordinator when all else is done; what it raises fails the save.
         owns_tensors: the tensors are copies that the writer may overwrite with their
             reconstruction.
+        allow_opaque_bytes: keep what a planner hands over for non-tensors, such as the pickles of the
+            stock one, unread and marked in the manifest, 16 MiB an entry at most. False: refuse what
+            is not JSON.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class ExcpWriter(StorageWriter):
         chain: Chain | None = None,
         group: Group | None = None,
         facts: SaveFacts | None = None,
+        before_commit: Callable[[], None] | None = None,
         owns_tensors: bool = False,
+        allow_opaque_bytes: bool = False,
     ) -> None:
         super().__init__()
         self.config = config or ExcpConfig()
@@ -96,14 +102,16 @@ class ExcpWriter(StorageWriter):
         self.manifest: Manifest | None = None
         self._group: Group | None = group or separate_group()
         self._facts = facts
+        self._before_commit = before_commit
         self._owns_tensors = owns_tensors
+        self._allow_opaque_bytes = allow_opaque_bytes
         self._measured: dict[str, Measured] = {}
         self._decision: Decision | None = None
-        self.path = local_folder(path)
+        self.path = location(path)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
-            self.path = local_folder(checkpoint_id)
+            self.path = location(checkpoint_id)
         self._measured, self._decision, self.manifest = {}, None, None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -114,13 +122,14 @@ class ExcpWriter(StorageWriter):
         unreferenced = frozenset(
             (item.index.fqn, _box(item).offsets)
             for item in plan.items
-            if _is_chained(item) and self._reference(item) is None
+            if _is_chained(item) and not self._has_reference(item)
         )
         state = LocalState((self.chain.id, self.chain.pending_id), unreferenced)
         return dataclasses.replace(plan, storage_data=state)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        decisions = decide(plans, self.chain, self.config)
+        decisions = decide(plans, self.chain if self._has_parent() else Chain(), self.config)
+        self._staging(decisions[0]).make()
         return [
             dataclasses.replace(plan, storage_data=decision)
             for plan, decision in zip(plans, decisions, strict=True)
@@ -130,40 +139,68 @@ class ExcpWriter(StorageWriter):
         """Encode and write this rank's items, durably. Statistics are merged over the group
         (collective)."""
         decision = self._decision = plan.storage_data
-        parts, results = self._resolve(plan.items, planner, decision)
+        group = as_group(self._group) if self._merges(decision) else SoloGroup()
+        parts, results = group.everywhere(  # a rank whose planner fails must not be waited for
+            lambda: self._resolve(plan.items, planner, decision), keep_own_error=True
+        )
         self.chain.settle(decision.parent_id if decision.is_link else self.chain.id)
         joint_parts = self._joint_parts(decision, parts)
         self._measured = self._measure(decision, joint_parts)
         reconstruction: dict[Key, torch.Tensor] = {}
-        with BlockWriter(self.path / rank_file_name(decision.rank)) as file:
-            encoder = ChunkEncoder(file)
+        with RankFiles(self._staging(decision), decision.rank) as files:
+            encoder = ChunkEncoder(files, self.config.encoder_threads)
             for key, chunk in self._encode(encoder, decision, parts, joint_parts, reconstruction):
                 results.append(_result(key, decision.rank, chunk))
-        sync_folder(self.path)
-        record = FileRecord(name=rank_file_name(decision.rank), bytes=file.num_bytes)
-        results.append(_result(("", ()), decision.rank, record))
+        results.append(_result(("", ()), decision.rank, files.records()))
         self.chain.begin(decision.id, reconstruction)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit: the manifest by rename, then ``latest``. Called on the coordinator after every
-        rank succeeded."""
+        """Commit: the manifest, the folder by rename, then ``latest``. Called on the coordinator
+        after every rank succeeded."""
         assert self._decision is not None
         facts = self._facts or SaveFacts(step=step_of(self.path.name) or 0)
         self.manifest, content = build_manifest(
             self._decision, self._measured, results, self.chain, self.config, facts
         )
-        write_manifest(self.path, content)
+        staging = self._staging(self._decision)
+        if self.config.manifest_sha256:
+            staging.replace_file(MANIFEST_SHA256, sha256_line(content))
+        if self._before_commit is not None:
+            self._before_commit()
+        if self._decision.is_link and not self._has_parent():
+            raise CheckpointNotFoundError(
+                f"{self.path}: the checkpoint that it is a difference to was removed by another job; "
+                "the next save stores everything"
+            )
+        write_manifest(staging, content)
+        staging.publish(self.path)
         checksum = manifest_checksum(content, self.path / MANIFEST)
         self.chain.parent = ParentRecord(name=self.path.name, xxh3=checksum)
         self.chain.figures = self.manifest.figures
         self.chain.settle(self._decision.id)
         try:
-            replace_file(self.path.parent / LATEST, f"{self.path.name}\n".encode())
+            self.path.parent.replace_file(LATEST, f"{self.path.name}\n".encode())
         except OSError:  # the checkpoint stands; what is newest is decided by the manifests
             logger.exception("%s is committed, but %s does not name it yet", self.path, LATEST)
+
+    def _has_parent(self) -> bool:
+        """Whether the checkpoint that a link builds upon still stands; another job on the folder may
+        have retired it or put another one in its place. Coordinator only."""
+        parent = self.chain.parent
+        try:
+            return (
+                parent is not None
+                and stated_checksum(self.path.parent / parent.name) == parent.xxh3
+            )
+        except CorruptCheckpointError:
+            return False
+
+    def _staging(self, decision: Decision) -> Location:
+        """A folder of this save alone, so that no other job ever writes into it."""
+        return self.path.staging(decision.id)
 
     def settle(self, committed: bool) -> None:
         """Tell this rank whether the save was committed, where the caller knows. No communication
@@ -176,17 +213,17 @@ class ExcpWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        return bool(os.fspath(checkpoint_id))
 
     def __getstate__(self) -> dict[str, Any]:
         """A writer handed to another process merges its statistics over that process's own default
         group."""
         return {**self.__dict__, "_group": None}
 
-    def _reference(self, item: WriteItem) -> torch.Tensor | None:
+    def _has_reference(self, item: WriteItem) -> bool:
         assert item.tensor_data is not None
         dtype = item.tensor_data.properties.dtype
-        return self.chain.reference(item.index.fqn, _box(item), dtype)
+        return self.chain.has_reference(item.index.fqn, _box(item), dtype)
 
     def _resolve(
         self, items: Sequence[WriteItem], planner: SavePlanner, decision: Decision
@@ -199,7 +236,7 @@ class ExcpWriter(StorageWriter):
             data = planner.resolve_data(item)
             if item.type == WriteItemType.BYTE_IO:
                 assert isinstance(data, io.BytesIO)
-                value = parse_value(item.index.fqn, data.getvalue())
+                value = parse_value(item.index.fqn, data.getvalue(), self._allow_opaque_bytes)
                 results.append(_result((item.index.fqn, ()), decision.rank, value))
             elif (box := _box(item)).numel:
                 assert isinstance(data, torch.Tensor)
@@ -221,13 +258,18 @@ class ExcpWriter(StorageWriter):
             )
         return found
 
+    def _merges(self, decision: Decision) -> bool:
+        """Whether statistics are merged over the group; the same on every rank."""
+        return self.config.profile != LOSSLESS and bool(decision.specs)
+
     def _measure(
         self, decision: Decision, joint_parts: dict[str, list[JointParts]]
     ) -> dict[str, Measured]:
-        if self.config.profile == LOSSLESS or not decision.specs:
+        if not self._merges(decision):
             return {}
         profile = PROFILES[self.config.profile]
-        found = measure(decision.specs, joint_parts, profile, as_group(self._group))
+        group, threads = as_group(self._group), self.config.encoder_threads
+        found = measure(decision.specs, joint_parts, profile, group, threads)
         bound = self.config.max_error
         return {name: m for name, m in found.items() if bound is None or m.error <= bound}
 
@@ -264,7 +306,7 @@ class ExcpWriter(StorageWriter):
                 assert reference is not None
                 records.append((key, encoder.delta(box, part, reference)))
             else:
-                records.append((key, encoder.planes(box, part)))
+                records.append((key, encoder.planes(box, part, is_moment(name))))
             if is_chained(name, decision.facts[name]):
                 reconstruction[key] = self._own(part)
         return records
