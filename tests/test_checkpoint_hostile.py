@@ -15,7 +15,7 @@ import pytest
 
 from effx_dist.checkpoint import verify_folder
 from effx_dist.checkpoint.folder import MANIFEST
-from effx_dist.checkpoint.manifest import manifest_from_bytes, manifest_to_bytes
+from effx_dist.checkpoint.manifest import VERSION, manifest_from_bytes, manifest_to_bytes
 from effx_dist.errors import CorruptCheckpointError
 from tests import small_chain as chain
 from tests.small_chain import BASE, TOP, edit, set_at
@@ -275,8 +275,8 @@ def test_a_circle_of_parents_is_refused(folder: Path) -> None:
 
 
 def test_a_newer_version_says_so(folder: Path) -> None:
-    edit(folder, TOP, set_at("version", to=2))
-    assert "newer" in expect_refused(folder, "version 2")
+    edit(folder, TOP, set_at("version", to=VERSION + 1))
+    assert "newer" in expect_refused(folder, f"version {VERSION + 1}")
 
 
 def raw(folder: Path, old: bytes, new: bytes) -> None:

@@ -1,35 +1,20 @@
-"""Reading checkpoints back: the chain from a checkpoint down to its base, and the DCP storage
-reader over it."""
+"""Reading checkpoints back: the chain from a checkpoint down to its base."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
-import os
-from pathlib import Path
+import threading
+from functools import cached_property
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    LoadPlan,
-    LoadPlanner,
-    Metadata,
-    StorageReader,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.metadata import STORAGE_TYPES, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from torch.futures import Future
 
-from effx_dist.checkpoint.blockfile import REMEDY, BlockReader, open_regular
+from effx_dist.checkpoint.blockfile import BlockReader, OpenFiles
 from effx_dist.checkpoint.chunks import ChunkDecoder
 from effx_dist.checkpoint.folder import (
     MANIFEST,
-    local_folder,
+    MANIFEST_SHA256,
+    MERGED,
     newest_step,
     require_committed,
     step_name,
@@ -39,35 +24,45 @@ from effx_dist.checkpoint.manifest import (
     Delta,
     JointWeight,
     Manifest,
+    Seeded,
     TensorRecord,
     manifest_checksum,
     manifest_from_bytes,
+    sha256_line,
 )
 from effx_dist.checkpoint.manifest_checks import check_manifest
+from effx_dist.checkpoint.regions import blocks_in_region
+from effx_dist.checkpoint.storage import REMEDY, Folder, Location, location
 from effx_dist.core.excp import JointQuantiser
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 from effx_dist.shard import Box
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, str]:
+def read_manifest(folder: Folder) -> tuple[Manifest, str]:
     """A committed checkpoint's manifest, checked, and its checksum.
 
     Raises CheckpointNotFoundError where there is none, CorruptCheckpointError where it is damaged.
     """
-    path = folder / MANIFEST
-    if not path.is_file() or path.is_symlink():
+    place = location(folder)
+    path = place / MANIFEST
+    if not place.has_file(MANIFEST):
         raise CheckpointNotFoundError(
             f"{folder}: holds no {MANIFEST}; it is not a committed checkpoint"
         )
-    with open_regular(path) as file:
-        content = file.read(MAX_MANIFEST_BYTES + 1)
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise CorruptCheckpointError(
-            f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is"
-        )
+    content = place.read_file(MANIFEST, MAX_MANIFEST_BYTES)
+    if place.has_file(MANIFEST_SHA256):
+        _check_sha256(place, content)
     manifest = manifest_from_bytes(content, path)
     check_manifest(manifest, path)
     return manifest, manifest_checksum(content, path)
+
+
+def _check_sha256(place: Location, content: bytes) -> None:
+    if place.read_file(MANIFEST_SHA256, 256) != sha256_line(content):
+        raise CorruptCheckpointError(
+            f"{place / MANIFEST}: does not have the SHA-256 that {MANIFEST_SHA256} states; one of the "
+            "two was damaged or replaced. Restore it from a copy, or load an older step"
+        )
 
 
 class StepReader:
@@ -77,16 +72,44 @@ class StepReader:
     ``expected_checksum``.
     """
 
-    def __init__(self, folder: Path, expected_checksum: str | None = None) -> None:
-        self.folder = folder
-        self.manifest, self.checksum = read_manifest(folder)
+    def __init__(
+        self,
+        folder: Folder,
+        expected_checksum: str | None = None,
+        open_files: OpenFiles | None = None,
+    ) -> None:
+        self._open_files = open_files or OpenFiles()
+        self.folder = location(folder)
+        self.manifest, self.checksum = read_manifest(self.folder)
         if expected_checksum is not None and self.checksum != expected_checksum:
             raise CorruptCheckpointError(
                 f"{folder}: is not the checkpoint that a later one was made against (manifest "
                 f"{self.checksum}, needed {expected_checksum}); it was replaced. Load an older step"
             )
-        self.files = [BlockReader(folder, record) for record in self.manifest.files]
+        self.files = [
+            BlockReader(self.folder, record, self._open_files) for record in self.manifest.files
+        ]
         self._decoder = ChunkDecoder(self.files, self.manifest.tensors, self._quantisers())
+
+    @cached_property
+    def merged(self) -> StepReader | None:
+        """This step's weights as a base of their own, where somebody has made one."""
+        folder = self.folder / MERGED
+        if not folder.has_file(MANIFEST):
+            return None
+        found = StepReader(folder, open_files=self._open_files)
+        if found.manifest.merges != self.checksum:
+            raise CorruptCheckpointError(
+                f"{folder}: was made from another checkpoint than the one it lies in. Remove it"
+            )
+        return found
+
+    def close(self) -> None:
+        """Close all files; they open again when they are needed."""
+        for file in self.files:
+            file.close()
+        if self.__dict__.get("merged") is not None:
+            self.__dict__["merged"].close()
 
     def _quantisers(self) -> dict[str, JointQuantiser]:
         found = {}
@@ -100,26 +123,26 @@ class StepReader:
                     ) from error
         return found
 
-    def read(self, name: str, box: Box, reference: torch.Tensor | None) -> torch.Tensor:
-        """Values of a box, given the parent's values of it where the tensor is stored as a
-        difference."""
-        record = self.manifest.tensors[name]
-        values = torch.empty(box.sizes, dtype=record.torch_dtype)
-        for index, chunk in enumerate(record.chunks):
-            region = box.intersect(chunk.box)
-            if region is not None:
-                inside = region.relative_to(box).slices
-                old = None if reference is None else reference[inside]
-                values[inside] = self._decoder.decode(name, index, region, old)
-        return values
+    def block(self, name: str, chunk: int, index: int, old: torch.Tensor) -> torch.Tensor:
+        """The flat values of one block, given the parent's (which may be overwritten) where the
+        tensor is stored as a difference."""
+        return self._decoder.block(name, chunk, index, old)
+
+    def boxes(self, name: str) -> list[Box]:
+        """How a tensor is cut into chunks here."""
+        return [chunk.box for chunk in self.manifest.tensors[name].chunks]
 
 
 class ChainReader:
     """A checkpoint and the parents that its differences refer to, down to the base; opened as they
     are needed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.steps = [StepReader(folder)]
+    def __init__(self, folder: Folder) -> None:
+        self._open_files = OpenFiles()
+        self.steps = [StepReader(folder, open_files=self._open_files)]
+        self.holds_seed = False
+        """Whether the tensors that are read into hold the seeded initialisation, if there is one."""
+        self._lock = threading.Lock()  # tensors may be read by several threads
 
     @property
     def top(self) -> StepReader:
@@ -129,12 +152,49 @@ class ChainReader:
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The values of one box of one whole tensor, as its writer's references held them. Verifies
         what it reads."""
-        needed = self._down_to_base(self.resolve(name))
-        values = None
-        for step in reversed(needed):
-            values = step.read(self.resolve(name), box, values)
-        assert values is not None
+        record = self.top.manifest.tensors[self.resolve(name)]
+        values = torch.empty(box.sizes, dtype=record.torch_dtype)
+        self.read_into(name, box, values)
         return values
+
+    def read_into(self, name: str, box: Box, values: torch.Tensor) -> None:
+        """The same, into a host tensor of the box's sizes and the stored dtype.
+
+        One streaming pass: each block is decoded from the base up before the next one, in
+        ``values`` itself where it is a contiguous stretch there, so no second copy of the box is
+        made. Where the base is a seeded initialisation, ``values`` must hold it.
+        """
+        name = self.resolve(name)
+        needed = self._down_to_base(name)
+        if isinstance(needed[-1].manifest.tensors[name].coding, Seeded):
+            self._require_seed(name)
+            needed.pop()
+        for steps in _equally_cut(name, needed):
+            for index, chunk in enumerate(steps[0].boxes(name)):
+                common = box.intersect(chunk)
+                if common is None:
+                    continue
+                region = values[common.relative_to(box).slices]
+                for block in blocks_in_region(chunk, common):
+                    flat = block.load(region)
+                    for step in steps:
+                        flat = step.block(name, index, block.index, flat)
+                    block.store(flat, region)
+
+    def _require_seed(self, name: str) -> None:
+        if not self.holds_seed:
+            raise CorruptCheckpointError(
+                f"{self.top.folder}: {name} is stored as differences to a seeded initialisation, "
+                "which is not stored. Load it into a model initialised in the same way"
+            )
+
+    def seed_of(self, name: str) -> Seeded | None:
+        """The seeded initialisation that a tensor builds upon, if it does."""
+        name = self.resolve(name)
+        if name not in self.top.manifest.tensors:
+            return None
+        coding = self._down_to_base(name)[-1].manifest.tensors[name].coding
+        return coding if isinstance(coding, Seeded) else None
 
     def resolve(self, name: str) -> str:
         """The stored name of an alias (a tied weight), or the name itself."""
@@ -145,6 +205,8 @@ class ChainReader:
         return self.top.manifest.tensors.get(self.resolve(name))
 
     def _down_to_base(self, name: str) -> list[StepReader]:
+        """The steps that hold a tensor's differences, and below them the one that holds its
+        values."""
         needed = []
         for depth in itertools.count():
             step = self._step(depth)
@@ -154,12 +216,20 @@ class ChainReader:
                 raise CorruptCheckpointError(
                     f"{step.folder}: does not hold {name} as a later checkpoint refers to it"
                 )
-            needed.append(step)
-            if not isinstance(record.coding, Delta | JointWeight):
+            is_difference = isinstance(record.coding, Delta | JointWeight)
+            merged = step.merged if is_difference else None
+            needed.append(merged or step)
+            if merged is not None or not is_difference:
                 break
         return needed
 
     def _step(self, depth: int) -> StepReader:
+        with self._lock:
+            step = self._opened(depth)
+            _ = step.merged  # looked for here, where one thread does
+            return step
+
+    def _opened(self, depth: int) -> StepReader:
         while depth >= len(self.steps):
             below = self.steps[-1]
             parent = below.manifest.parent
@@ -170,20 +240,20 @@ class ChainReader:
             self.steps.append(self._open_parent(self._sibling(parent.name), parent.xxh3))
         return self.steps[depth]
 
-    def _sibling(self, name: str) -> Path:
+    def _sibling(self, name: str) -> Location:
         folder = self.top.folder.parent / name
         if any(step.folder == folder for step in self.steps):
             raise CorruptCheckpointError(f"{folder}: its chain of parents is a circle")
-        if not folder.is_dir() or folder.is_symlink():
+        if folder.is_link() or not folder.has_file(MANIFEST):
             raise CorruptCheckpointError(
                 f"{folder}: is missing (or a link), and {self.top.folder.name} is stored as differences to it. "
                 "Restore it from a copy, or load an older step"
             )
         return folder
 
-    def _open_parent(self, folder: Path, checksum: str) -> StepReader:
+    def _open_parent(self, folder: Location, checksum: str) -> StepReader:
         try:
-            return StepReader(folder, checksum)
+            return StepReader(folder, checksum, self._open_files)
         except CheckpointNotFoundError as error:
             raise CorruptCheckpointError(
                 f"{folder}: has no manifest, and {self.top.folder.name} is stored as differences to "
@@ -193,8 +263,7 @@ class ChainReader:
     def close(self) -> None:
         """Close all files."""
         for step in self.steps:
-            for file in step.files:
-                file.close()
+            step.close()
 
     def __enter__(self) -> ChainReader:
         return self
@@ -208,107 +277,23 @@ class ChainReader:
         self.close()
 
 
-def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> ChainReader:
+def _equally_cut(name: str, top_to_base: list[StepReader]) -> list[list[StepReader]]:
+    """The steps from the base up, in runs that cut a tensor into the same chunks."""
+    runs: list[list[StepReader]] = []
+    for step in reversed(top_to_base):
+        if runs and runs[-1][0].boxes(name) == step.boxes(name):
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return runs
+
+
+def open_checkpoint(path: Folder, step: int | None = None) -> ChainReader:
     """The checkpoint at ``path`` (``.../step-N``), or that of ``step`` (default: the newest) in a
     folder of them. Raises as :class:`StepReader` does, and CheckpointNotFoundError."""
-    folder = local_folder(path)
+    folder = location(path)
     if step is not None:
         folder = folder / step_name(require_committed(folder, step))
-    elif not (folder / MANIFEST).exists():
+    elif not folder.has_file(MANIFEST):
         folder = folder / step_name(newest_step(folder))
     return ChainReader(folder)
-
-
-class ExcpReader(StorageReader):
-    """Reads checkpoints of :class:`ExcpWriter` for torch.distributed.checkpoint, into any layout.
-
-    Args:
-        path: one checkpoint's folder (``.../step-N``), or a folder of them for the newest committed
-            one.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__()
-        self.path = local_folder(path)
-        self._chain: ChainReader | None = None
-
-    @property
-    def chain(self) -> ChainReader:
-        """The open chain. Raises as :class:`StepReader` does."""
-        if self._chain is None:
-            self._chain = open_checkpoint(self.path)
-        return self._chain
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self.close()
-        if checkpoint_id is not None:
-            self.path = local_folder(checkpoint_id)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        manifest = self.chain.top.manifest
-        entries: dict[str, STORAGE_TYPES] = {
-            name: _tensor_metadata(record) for name, record in manifest.tensors.items()
-        }
-        entries |= {alias: entries[name] for alias, name in manifest.aliases.items()}
-        entries |= {name: BytesStorageMetadata() for name in manifest.values}
-        return Metadata(entries, storage_meta=StorageMeta(checkpoint_id=str(self.path)))
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing to set up: the chain opens what it needs."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill this rank's tensors. No communication is performed. Raises
-        CorruptCheckpointError."""
-        try:
-            for item in plan.items:
-                self._read_item(item, planner)
-        finally:
-            self.chain.close()  # files open again when they are needed
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _read_item(self, item: ReadItem, planner: LoadPlanner) -> None:
-        if item.type == LoadItemType.BYTE_IO:
-            value = self.chain.top.manifest.values[item.storage_index.fqn]
-            planner.load_bytes(item, io.BytesIO(json.dumps(value).encode()))
-        else:
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(self.chain.read(item.storage_index.fqn, _whole_box_of(item)))
-            planner.commit_tensor(item, target)
-
-    def close(self) -> None:
-        """Close all files."""
-        if self._chain is not None:
-            self._chain.close()
-            self._chain = None
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
-
-
-def _tensor_metadata(record: TensorRecord) -> TensorStorageMetadata:
-    return TensorStorageMetadata(
-        properties=TensorProperties(dtype=record.torch_dtype),
-        size=torch.Size(record.shape),
-        chunks=[
-            ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-            for chunk in record.chunks
-        ],
-    )
-
-
-def _whole_box_of(item: ReadItem) -> Box:
-    """The box that a read item asks for, in the whole tensor's coordinates."""
-    starts = tuple(item.storage_index.offset or ())
-    offsets = tuple(a + b for a, b in zip(starts, item.storage_offsets, strict=True))
-    return Box(offsets, tuple(item.lengths))

@@ -1,0 +1,145 @@
+"""ExcpReader: a torch.distributed.checkpoint storage reader of compressed, chained checkpoints."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    DefaultLoadPlanner,
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    StorageReader,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.futures import Future
+
+from effx_dist.checkpoint.manifest import TensorRecord
+from effx_dist.checkpoint.reader import ChainReader, open_checkpoint
+from effx_dist.checkpoint.storage import Folder, location
+from effx_dist.checkpoint.values import payload_of
+from effx_dist.shard import Box
+
+
+class ExcpReader(StorageReader):
+    """Reads checkpoints of :class:`ExcpWriter` for torch.distributed.checkpoint, into any layout.
+
+    Args:
+        path: one checkpoint's folder (``.../step-N``), or a folder of them for the newest committed
+            one.
+        allow_opaque_bytes: hand a planner the bytes that another planner put there for non-tensors.
+            Nothing here looks into them; the stock load planner unpickles them, which runs whatever
+            code they name. False: refuse them.
+    """
+
+    def __init__(self, path: Folder, *, allow_opaque_bytes: bool = False) -> None:
+        super().__init__()
+        self._allow_opaque_bytes = allow_opaque_bytes
+        self.path = location(path)
+        self._chain: ChainReader | None = None
+
+    @property
+    def chain(self) -> ChainReader:
+        """The open chain. Raises as :class:`StepReader` does."""
+        if self._chain is None:
+            self._chain = open_checkpoint(self.path)
+        return self._chain
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self.close()
+        if checkpoint_id is not None:
+            self.path = location(checkpoint_id)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        manifest = self.chain.top.manifest
+        entries: dict[str, STORAGE_TYPES] = {
+            name: _tensor_metadata(record) for name, record in manifest.tensors.items()
+        }
+        entries |= {alias: entries[name] for alias, name in manifest.aliases.items()}
+        entries |= {name: BytesStorageMetadata() for name in manifest.values}
+        return Metadata(entries, storage_meta=StorageMeta(checkpoint_id=str(self.path)))
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to set up: the chain opens what it needs."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill this rank's tensors, on as many threads as torch has (launchers share the cores out
+        by that). No communication is performed. Raises CorruptCheckpointError."""
+        values = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        tensors.sort(key=lambda item: -item.lengths.numel())  # the longest must not come last
+        try:
+            for item in values:
+                self._read_value(item, planner)
+            targets = [planner.resolve_tensor(item).detach() for item in tensors]
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                deque(pool.map(self._read_tensor, tensors, targets), maxlen=0)
+            for item, target in zip(tensors, targets, strict=True):
+                planner.commit_tensor(item, target)
+        finally:
+            self.chain.close()  # files open again when they are needed
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_value(self, item: ReadItem, planner: LoadPlanner) -> None:
+        name = item.storage_index.fqn
+        value = self.chain.top.manifest.values[name]
+        reads_json = type(planner).load_bytes is not DefaultLoadPlanner.load_bytes
+        payload = payload_of(name, value, self._allow_opaque_bytes, reads_json)
+        planner.load_bytes(item, io.BytesIO(payload))
+
+    def _read_tensor(self, item: ReadItem, target: torch.Tensor) -> None:
+        name, box = item.storage_index.fqn, _whole_box_of(item)
+        record = self.chain.record(name)
+        if record and (target.device.type, target.dtype) == ("cpu", record.torch_dtype):
+            self.chain.read_into(name, box, target)
+        elif record:
+            values = target.to("cpu", record.torch_dtype)  # a seeded base builds upon what is there
+            self.chain.read_into(name, box, values)
+            target.copy_(values)
+
+    def close(self) -> None:
+        """Close all files."""
+        if self._chain is not None:
+            self._chain.close()
+            self._chain = None
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return bool(os.fspath(checkpoint_id))
+
+
+def _tensor_metadata(record: TensorRecord) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=record.torch_dtype),
+        size=torch.Size(record.shape),
+        chunks=[
+            ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+            for chunk in record.chunks
+        ],
+    )
+
+
+def _whole_box_of(item: ReadItem) -> Box:
+    """The box that a read item asks for, in the whole tensor's coordinates."""
+    starts = tuple(item.storage_index.offset or ())
+    offsets = tuple(a + b for a, b in zip(starts, item.storage_offsets, strict=True))
+    return Box(offsets, tuple(item.lengths))
