@@ -201,8 +201,14 @@ class ExcpLoadPlanner(DefaultLoadPlanner):
         return super().lookup_tensor(index)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        loaded = tree_from_json(json.loads(value.getvalue()), _no_tensor)
         fqn = read_item.dest_index.fqn
+        try:
+            loaded = tree_from_json(json.loads(value.getvalue()), _no_tensor)
+        except ValueError as error:
+            raise TypeError(
+                f"{fqn}: is no JSON but the bytes of another planner, which this one never "
+                "unpickles; load it with the planner that wrote it, or leave it out of the state dict"
+            ) from error
         if self.flatten_state_dict:
             from torch.distributed.checkpoint._nested_dict import set_element
 

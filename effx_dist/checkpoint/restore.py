@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from effx_dist.checkpoint.dcp_reader import ExcpReader
 from effx_dist.checkpoint.drive import drive_load
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.joints import is_chained
 from effx_dist.checkpoint.manifest import Manifest, ParentRecord, short
+from effx_dist.checkpoint.matching import LoadReport, NameMap
 from effx_dist.checkpoint.random_state import set_random_state
-from effx_dist.checkpoint.reader import ExcpReader
 from effx_dist.checkpoint.saver import Loaded
+from effx_dist.checkpoint.seeded import check_seed
 from effx_dist.checkpoint.training_state import (
     Stateful,
     Targets,
@@ -32,57 +35,79 @@ from effx_dist.errors import CorruptCheckpointError
 from effx_dist.shard import Group
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller asked to load, and how.
+
+    Attributes:
+        strict: refuse tensors that only one side has, instead of leaving them alone.
+        mapping: live to saved names of parameters and buffers; None: they are the same.
+        keeps_references: copy what was loaded, for the next save to be a difference against.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    stateful: Mapping[str, Stateful]
+    strict: bool = True
+    mapping: NameMap | None = None
+    keeps_references: bool = True
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run that was saved goes on, rather than another that begins with its
+        weights."""
+        return self.strict and self.mapping is None
+
+
 def restore(
-    reader: ExcpReader,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    stateful: Mapping[str, Stateful],
-    group: Group,
-) -> tuple[dict[str, Any], Loaded]:
-    """Fill everything in place; returns the caller's ``extra`` and the state of the chain.
+    reader: ExcpReader, wanted: Wanted, group: Group
+) -> tuple[dict[str, Any], Loaded, LoadReport]:
+    """Fill everything in place; returns the caller's ``extra``, the state of the chain and what was
+    left alone.
 
     Collective: initialising a fresh optimizer's state and asking ``stateful`` for its layout may
     communicate, and the ranks tell each other of failures.
     """
     manifest = reader.chain.top.manifest
-    targets, others = group.everywhere(
-        lambda: (targets_of(model, optimizer, manifest), extra_leaves(manifest, stateful)),
-        keep_own_error=True,
-    )
-    random_states = _random_leaves(manifest, group.rank)
+
+    def find() -> tuple[Targets, dict[str, Leaf]]:
+        found = targets_of(wanted.model, wanted.optimizer, manifest, wanted.mapping, wanted.strict)
+        return found, extra_leaves(manifest, wanted.stateful)
+
+    targets, others = group.everywhere(find, keep_own_error=True)
+    random_states = _random_leaves(manifest, group.rank) if wanted.continues else {}
     leaves = {**targets.leaves, **others, **random_states}
+    check_seed(reader.chain, leaves, group)
 
     def fill() -> None:
         drive_load({name: Fragment.of(name, leaf) for name, leaf in leaves.items()}, reader)
 
     group.everywhere(fill, keep_own_error=True)
-    _install(model, optimizer, stateful, targets, manifest, others)
+    _install(wanted, targets, manifest, others)
     states = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
     _set_random_state(states, group.rank)
     extra = read_tree(run_values(manifest).extra, others, "extra")
-    return extra, _loaded(reader, {**targets.leaves, **others})
+    chained = {name: targets.leaves[name] for name in targets.unrenamed} | others
+    loaded = _loaded(reader, chained if wanted.keeps_references else {})
+    return extra, loaded, targets.report
 
 
 def _install(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    stateful: Mapping[str, Stateful],
-    targets: Targets,
-    manifest: Manifest,
-    others: Mapping[str, Leaf],
+    wanted: Wanted, targets: Targets, manifest: Manifest, others: Mapping[str, Leaf]
 ) -> None:
-    values = run_values(manifest)
+    values, optimizer = run_values(manifest), wanted.optimizer
     if values.model_values:
-        model_values = read_tree(values.model_values, others, "model values")
-        set_model_state_dict(model, model_values, options=StateDictOptions(strict=False))
+        saved = read_tree(values.model_values, others, "model values")
+        found = {live: saved[name] for live, name in targets.values.items() if name in saved}
+        set_model_state_dict(wanted.model, found, options=StateDictOptions(strict=False))
     if optimizer is not None and values.param_groups is not None:
-        install_optimizer_state(model, optimizer, targets, values)
+        install_optimizer_state(wanted.model, optimizer, targets.optimizer)
         options = read_tree(values.param_groups, others, "param_groups")
-        restore_group_options(optimizer, options)
-    states = read_tree(values.stateful, others, "stateful")
-    for name, obj in stateful.items():
-        if name in states:
-            obj.load_state_dict(states[name])
+        if wanted.strict or len(options) == len(optimizer.param_groups):
+            restore_group_options(optimizer, options)
+    asked = {name: state for name, state in values.stateful.items() if name in wanted.stateful}
+    for name, state in read_tree(asked, others, "stateful").items():
+        wanted.stateful[name].load_state_dict(state)
 
 
 def _set_random_state(state: Mapping[str, torch.Tensor], rank: int) -> None:

@@ -22,13 +22,19 @@ from torch.distributed.checkpoint.state_dict import (
 
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.manifest import Manifest, TensorRecord, short
+from effx_dist.checkpoint.matching import (
+    MODEL,
+    OPTIMIZER,
+    LoadReport,
+    NameMap,
+    SavedNames,
+    match,
+)
 from effx_dist.checkpoint.random_state import random_state
 from effx_dist.checkpoint.tree import Leaf, leaf_paths, tree_from_json, tree_to_json
 from effx_dist.errors import CorruptCheckpointError, LayoutMismatchError
 from effx_dist.shard import LocalRows
 
-MODEL = "model"
-OPTIMIZER = "optimizer"
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
@@ -64,8 +70,10 @@ def collect(
     leaves, aliases, model_values = _model_leaves(model)
     values: dict[str, Any] = {"model_values": model_values}
     if optimizer is not None:
-        tensors, values["optimizer_values"] = _optimizer_leaves(model, optimizer)
+        full = _full_state_of(model, optimizer) if optimizer.state else {}
+        tensors, values["optimizer_values"] = _optimizer_leaves(full.get("state", {}))
         leaves |= tensors
+        values["group_parameters"] = _group_parameters(model, optimizer, full)
         values["param_groups"] = tree_to_json(_group_options(optimizer), "param_groups", leaves)
     states = {name: obj.state_dict() for name, obj in stateful.items()}
     values["stateful"] = tree_to_json(states, "stateful", leaves)
@@ -102,16 +110,13 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _optimizer_leaves(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    state: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, Leaf], dict[str, Any]]:
-    """State tensors by name, other state values as JSON; nothing where no step has been taken
-    yet."""
+    """State tensors by name, and other state values as JSON."""
     leaves: dict[str, Leaf] = {}
     values: dict[str, Any] = {}
-    if not optimizer.state:
-        return leaves, values
-    for parameter, state in _state_of(model, optimizer).items():
-        for key, value in state.items():
+    for parameter, entries in state.items():
+        for key, value in entries.items():
             path = f"{OPTIMIZER}.{parameter}.{key}"
             if isinstance(value, torch.Tensor):
                 leaves[path] = value
@@ -120,13 +125,32 @@ def _optimizer_leaves(
     return leaves, values
 
 
+def _full_state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """State and groups by parameter name, as torch.distributed.checkpoint has them."""
+    return cast(dict[str, Any], get_optimizer_state_dict(model, optimizer))
+
+
+def _group_parameters(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, full: Mapping[str, Any]
+) -> list[list[str]]:
+    """Names of each group's parameters in the optimizer's order, which a plain optimizer's
+    state_dict() counts by."""
+    if full:
+        return [list(group["params"]) for group in full["param_groups"]]
+    names: dict[int, str] = {}
+    for raw, parameter in model.named_parameters():
+        names[id(parameter)] = ".".join(p for p in raw.split(".") if p not in _WRAPPERS)
+    groups = optimizer.param_groups
+    return [[names[id(p)] for p in group["params"] if id(p) in names] for group in groups]
+
+
 def _state_of(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Any]]:
     """The live optimizer state by parameter name; initialises it where it is empty."""
     if not optimizer.state:
         return _initialised_state_of(model, optimizer)
-    return cast(dict[str, dict[str, Any]], get_optimizer_state_dict(model, optimizer)["state"])
+    return cast(dict[str, dict[str, Any]], _full_state_of(model, optimizer)["state"])
 
 
 def _initialised_state_of(
@@ -168,87 +192,120 @@ def restore_group_options(optimizer: torch.optim.Optimizer, options: list[dict[s
                 group[key] = value
 
 
+@dataclass
+class OptimizerTargets:
+    """An optimizer's tensors to fill: by live name, the saved name of each, and the whole state
+    that they are part of, by live parameter name."""
+
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    saved_names: dict[str, str] = field(default_factory=dict)
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Targets:
-    """Live tensors to fill in place, and what to call with them afterwards."""
+    """Live tensors to fill in place, and what to call with them afterwards.
+
+    Attributes:
+        leaves: live tensors by their names in the checkpoint.
+        unrenamed: names in ``leaves`` that are also the live tensors' own.
+        values: saved names of the model's values that are no tensors, by live name.
+        report: what is left alone.
+        optimizer: the optimizer's part.
+    """
 
     leaves: dict[str, Leaf]
-    optimizer_state: dict[str, dict[str, Any]]
+    unrenamed: frozenset[str]
+    values: dict[str, str]
+    report: LoadReport
+    optimizer: OptimizerTargets
 
 
 def targets_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, manifest: Manifest
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    manifest: Manifest,
+    mapping: NameMap | None = None,
+    strict: bool = True,
 ) -> Targets:
     """The model's and the optimizer's tensors under the names of the checkpoint.
 
     A fresh optimizer gets its state first, by a step of zero gradients at learning rate zero as
     torch does it, which is collective where the optimizer's step is. Raises LayoutMismatchError for
-    tensors that only one side has, or that differ in shape or dtype.
+    tensors that differ in shape or dtype, for a mapping that leads nowhere and, if ``strict``, for
+    tensors that only one side has.
     """
-    leaves, _, _ = _model_leaves(model)
-    state: dict[str, dict[str, Any]] = {}
-    prefix = f"{OPTIMIZER}."
-    stored = {name for name in manifest.tensors if name.startswith(prefix)}
-    if optimizer is not None and stored:
-        found = _state_of(model, optimizer)
-        for parameter, entries in found.items():
-            tensors = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor)}
-            if any(f"{prefix}{parameter}.{key}" in stored for key in tensors):
-                state[parameter] = dict(entries)
-                leaves |= {f"{prefix}{parameter}.{key}": v for key, v in tensors.items()}
-    _require_match(leaves, manifest, optimizer is not None)
-    return Targets(leaves, state)
+    leaves, aliases, values = _model_leaves(model)
+    live = [name.removeprefix(f"{MODEL}.") for name in (*leaves, *aliases)] + list(values)
+    names = SavedNames(mapping, live, manifest, strict)
+    bare = {name: names.of(name.removeprefix(f"{MODEL}.")) for name in leaves}
+    saved_names = {name: f"{MODEL}.{saved}" for name, saved in bare.items() if saved is not None}
+    state = OptimizerTargets()
+    if optimizer is not None:
+        state = _optimizer_targets(model, optimizer, manifest, names, strict)
+    leaves |= state.leaves
+    saved_names |= state.saved_names
+    found, report = match(
+        leaves, saved_names, names.left_out, manifest, optimizer is not None, strict
+    )
+    return Targets(
+        leaves={saved: leaves[name] for name, saved in found.items()},
+        unrenamed=frozenset(name for name, saved in found.items() if saved == name),
+        values={name: saved for name in values if (saved := names.of(name)) is not None},
+        report=report,
+        optimizer=state,
+    )
 
 
-def _require_match(leaves: Mapping[str, Leaf], manifest: Manifest, with_optimizer: bool) -> None:
-    known = manifest.tensors.keys() | manifest.aliases.keys()
-    prefixes = (f"{MODEL}.", f"{OPTIMIZER}.") if with_optimizer else (f"{MODEL}.",)
-    live_names = leaves.keys() | manifest.aliases.keys()
-    problems = [f"{n}: not in the checkpoint" for n in sorted(leaves.keys() - known)]
-    problems += [
-        f"{n}: only in the checkpoint"
-        for n in sorted(manifest.tensors.keys() - live_names)
-        if n.startswith(prefixes)
-    ]
-    for name in sorted(leaves.keys() & known):
-        record = manifest.tensors[manifest.aliases.get(name, name)]
-        live = Fragment.of(name, leaves[name]).facts
-        if (live.shape, live.dtype) != (tuple(record.shape), record.torch_dtype):
-            problems.append(
-                f"{name}: {tuple(record.shape)} {record.dtype} in the checkpoint, {live.shape} "
-                f"{str(live.dtype).removeprefix('torch.')} here"
-            )
-    if problems:
-        shown = "; ".join(problems[:8]) + (
-            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        )
+def _optimizer_targets(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    manifest: Manifest,
+    names: SavedNames,
+    strict: bool,
+) -> OptimizerTargets:
+    values = run_values(manifest)
+    if strict and values.param_groups is None:
         raise LayoutMismatchError(
-            f"the checkpoint does not fit: {shown}. Build the model and optimizer that were saved"
+            f"step {manifest.step} was saved without an optimizer; leave the optimizer out, or load "
+            "with strict=False"
         )
+    targets = OptimizerTargets()
+    stored = {name for name in manifest.tensors if name.startswith(f"{OPTIMIZER}.")}
+    if not stored and not values.optimizer_values:
+        return targets
+    is_fresh = not optimizer.state
+    for parameter, entries in _state_of(model, optimizer).items():
+        saved = names.of(parameter)
+        tensors = {
+            f"{OPTIMIZER}.{parameter}.{key}": (tensor, f"{OPTIMIZER}.{saved}.{key}")
+            for key, tensor in entries.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        has_tensors = any(name in stored for _, name in tensors.values())
+        if saved is not None and (has_tensors or saved in values.optimizer_values):
+            targets.state[parameter] = entries | read_tree(
+                values.optimizer_values.get(saved, {}), {}, f"optimizer values of {saved}"
+            )
+            targets.leaves |= {name: tensor for name, (tensor, _) in tensors.items()}
+            targets.saved_names |= {name: there for name, (_, there) in tensors.items()}
+        elif not is_fresh and not names.is_known(saved):
+            targets.state[parameter] = entries  # the checkpoint does not speak of it
+    return targets
 
 
 def install_optimizer_state(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    targets: Targets,
-    values: RunValues,
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, targets: OptimizerTargets
 ) -> None:
     """Hand the filled state to the optimizer; parameters without a saved state lose theirs."""
-    groups = (
-        get_optimizer_state_dict(model, optimizer)["param_groups"]
-        if targets.optimizer_state
-        else []
-    )
-    for parameter, entries in values.optimizer_values.items():
-        found = read_tree(entries, {}, f"optimizer values of {parameter}")
-        targets.optimizer_state.setdefault(parameter, {}).update(found)
-    if targets.optimizer_state:
-        full: dict[str, Any] = {"state": targets.optimizer_state, "param_groups": groups}
-        # a parameter that has had no gradient yet has no state
-        options = StateDictOptions(strict=False)
-        set_optimizer_state_dict(model, optimizer, full, options=options)
-    else:
+    if not targets.state:
         optimizer.state.clear()
+        return
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    full: dict[str, Any] = {"state": targets.state, "param_groups": groups}
+    # a parameter that has had no gradient yet has no state
+    options = StateDictOptions(strict=False)
+    set_optimizer_state_dict(model, optimizer, full, options=options)
 
 
 class RunValues(BaseModel):
@@ -259,6 +316,7 @@ class RunValues(BaseModel):
     model_values: dict[str, Any] = {}
     optimizer_values: dict[str, dict[str, Any]] = {}
     param_groups: list[dict[str, Any]] | None = None
+    group_parameters: list[list[str]] | None = None
     stateful: dict[str, Any] = {}
     extra: dict[str, Any] = {}
 
@@ -288,7 +346,9 @@ def extra_leaves(manifest: Manifest, stateful: Mapping[str, Stateful]) -> dict[s
 
     ``state_dict()`` of objects with rows is called for their layout, and may communicate.
     """
-    paths = leaf_paths(run_values(manifest).model_dump())
+    values = run_values(manifest)
+    asked = {name: state for name, state in values.stateful.items() if name in stateful}
+    paths = leaf_paths(values.model_copy(update={"stateful": asked}).model_dump())
     wanted: dict[str, Leaf] = {}
     row_paths = {path for path, tag in paths.items() if tag == "$rows"}
     for name, obj in stateful.items():
@@ -303,7 +363,8 @@ def extra_leaves(manifest: Manifest, stateful: Mapping[str, Stateful]) -> dict[s
             )
         rows = wanted.get(path)
         if isinstance(rows, LocalRows):
-            leaves[path] = LocalRows(rows.local.clone(), rows.start, rows.global_rows)
+            local = torch.empty_like(rows.local)
+            leaves[path] = LocalRows(local, rows.start, rows.global_rows)
         else:
             leaves[path] = empty_for(path, record)
     return leaves

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from effx_dist.checkpoint.values import OPAQUE
 from effx_dist.shard import LocalRows
 
-TAGS = frozenset({"$tensor", "$rows", "$tuple", "$float", "$items"})
+TAGS = frozenset({"$tensor", "$rows", "$tuple", "$float", "$items", OPAQUE})
 Leaf = torch.Tensor | LocalRows
 
 
@@ -86,6 +87,8 @@ def _untag(tag: str, content: Any, leaf: Callable[[str], Leaf]) -> Any:
             return tuple(tree_from_json(content, leaf))
         case "$float":
             return float(content)
+        case "$opaque":
+            raise TypeError("opaque bytes are no value; the planner that wrote them can read them")
         case _:
             return {tree_from_json(key, leaf): tree_from_json(v, leaf) for key, v in content}
 
