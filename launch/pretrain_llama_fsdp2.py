@@ -9,6 +9,7 @@ on the same folder, a run goes on from its newest checkpoint, at any number of r
 [effx.*] section in the settings the same script is the plain run: AdamW and all samples.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +91,7 @@ class Pretraining:
         self.data = prepare(settings.data, settings.model.vocab_size, cache_dir)
 
         model = build_llama(settings.model, settings.data.seq_len, train.seed)
+        self.model_config = json.loads(model.config.to_json_string())
         self.model = fsdp2.shard(
             model, mesh, layers=model.model.layers, mixed_precision=self.device.type != "cpu"
         )
@@ -139,7 +141,9 @@ class Pretraining:
         self.finish()
 
     def is_cut_short(self) -> bool:
-        """Whether `max_steps` are done."""
+        """Whether `max_steps` are done, or the scheduler wants the machine back (save_on_sigterm)."""
+        if self.checkpointer and self.checkpointer.should_stop:  # (3) The same on all ranks.
+            return True
         return 0 < self.settings.train.max_steps <= self.step
 
     def train_step(self, batches: list[Batch]) -> None:
@@ -183,7 +187,8 @@ class Pretraining:
             self.model,
             self.optimizer,
             stateful={"sampler": self.sampler, "schedule": self.schedule},
-            extra={"samples": self.samples},
+            # `effx convert --to safetensors` makes the config.json of it.
+            extra={"samples": self.samples, "config": self.model_config},
         )
         self.last_saved = self.step
         self.saves.append((self.step, pending))
@@ -194,6 +199,7 @@ class Pretraining:
             return
         step = loop.resume_step(self.checkpointer, self.settings, run_dir)
         if step is None:
+            self.checkpointer.begin(self.model)  # (3) Does something with `seeded_base` only.
             return
         # (3) Everything is restored in place.
         extra = self.checkpointer.load(

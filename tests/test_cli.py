@@ -17,8 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 import effx_dist
-from effx_dist import cli
 from effx_dist.checkpoint import StepSummary
+from effx_dist.cli import app
+from effx_dist.cli.inspect import steps_line, steps_table
+from effx_dist.cli.places import checkpoint_folder
+from effx_dist.cli.show import show_table
 from effx_dist.report import RunLog, doctor
 from effx_dist.report.text import ABSENT
 
@@ -37,6 +40,7 @@ def summary(**changes: Any) -> StepSummary:
         "ratio": 7.0,
         "run_ratio": 7.0,
         "saved_at": "2026-01-02T03:04:05Z",
+        "writer": "effx-dist 0.1.0",
         "num_tensors": 12,
         "committed": True,
     }
@@ -58,7 +62,7 @@ def effx(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def run_effx(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    result = CliRunner().invoke(app, [*map(str, arguments)])
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -229,15 +233,15 @@ def test_a_step_that_is_not_there_is_a_finding(saved: Path) -> None:
 
 
 def test_the_checkpoints_subfolder_is_taken_where_there_is_one(tmp_path: Path) -> None:
-    assert cli.checkpoint_folder(str(tmp_path)) == str(tmp_path)
+    assert checkpoint_folder(str(tmp_path)) == str(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    assert cli.checkpoint_folder(str(tmp_path)) == str(tmp_path / "checkpoints")
-    assert cli.checkpoint_folder("memory://a/b") == "memory://a/b"
+    assert checkpoint_folder(str(tmp_path)) == str(tmp_path / "checkpoints")
+    assert checkpoint_folder("memory://a/b") == "memory://a/b"
 
 
 def test_a_table_in_a_pipe_is_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
-    columns, rows = cli.steps_table(STEPS)
-    cli.show_table(columns, rows)
+    columns, rows = steps_table(STEPS)
+    show_table(columns, rows)
     lines = capsys.readouterr().out.splitlines()
     assert [re.split(r" {2,}", line.strip()) for line in lines] == [columns, *rows]
     cells = [list(re.finditer(r"\S+(?: \S+)*", line)) for line in lines]
@@ -254,21 +258,21 @@ def test_a_table_on_a_terminal_takes_names_literally(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    cli.show_table(["name"], [["[red]x[/red]"], ["\x1b[2Jy"]])
+    show_table(["name"], [["[red]x[/red]"], ["\x1b[2Jy"]])
     out = capsys.readouterr().out
     assert "[red]x[/red]" in out
     assert "?[2Jy" in out
 
 
 def test_names_cannot_send_escape_sequences(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.show_table(*cli.steps_table([replace(STEPS[0], profile="\x1b]0;owned\x07\nx")]))
+    show_table(*steps_table([replace(STEPS[0], profile="\x1b]0;owned\x07\nx")]))
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert len(out.splitlines()) == 2
 
 
 def test_a_save_that_was_cut_off_says_so() -> None:
-    _, rows = cli.steps_table(STEPS)
+    _, rows = steps_table(STEPS)
     assert [row[1] for row in rows] == ["base", "link", "cut off"]
     assert set(rows[2][2:]) == {ABSENT}
 
@@ -278,15 +282,15 @@ def test_a_narrow_terminal_squeezes_nothing(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
-    columns, rows = cli.steps_table(STEPS)
-    cli.show_table(columns, rows)
+    columns, rows = steps_table(STEPS)
+    show_table(columns, rows)
     out = capsys.readouterr().out
     assert all(cell in out for row in [columns, *rows] for cell in row)
 
 
 def test_the_summary_line_counts_committed_steps_only() -> None:
-    assert cli.steps_line(STEPS) == "2 checkpoints (1 base): 14.0 MB stored as 1.10 MB, 12.7x"
-    assert cli.steps_line(STEPS[2:]) == "0 checkpoints (0 bases): 0 B stored as 0 B"
+    assert steps_line(STEPS) == "2 checkpoints (1 base): 14.0 MB stored as 1.10 MB, 12.7x"
+    assert steps_line(STEPS[2:]) == "0 checkpoints (0 bases): 0 B stored as 0 B"
 
 
 def test_doctor_says_what_is_here() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 ABSENT = "–"  # noqa: RUF001  (an en dash is what a table shows for "nothing here")
 
@@ -55,3 +56,8 @@ def seconds_text(value: float | None) -> str:
 def plural(count: int, noun: str) -> str:
     """`3 saves`, `1 save`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def shape_text(sizes: Sequence[int]) -> str:
+    """`64 x 48`; a scalar's is `()`."""
+    return " x ".join(map(str, sizes)) or "()"

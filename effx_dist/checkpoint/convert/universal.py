@@ -1,0 +1,107 @@
+"""A DeepSpeed universal checkpoint, as ``engine.load_checkpoint`` reads it with
+``{"checkpoint": {"load_universal": true}}``.
+
+DeepSpeed restores parameters and optimizer state from it at any number of ranks and ZeRO stage 1 to
+3. It does not restore buffers, nor the learning rate schedule of another library: load with
+``load_lr_scheduler_states=False``. ZeRO-3 takes the options of the first parameter group for all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effx_dist.checkpoint.convert.content import Content
+from effx_dist.errors import ConfigError
+
+LATEST_UNIVERSAL = "latest_universal"
+DS_VERSION = "0.19.8"
+"""The DeepSpeed whose loader this was written for; its loader asks for one and refuses very old ones."""
+STEP = "step"
+
+
+def write_universal(content: Content, folder: Path) -> None:
+    """``latest_universal`` and ``global_stepN/`` with a folder per parameter: fp32.pt, one file per
+    state tensor of the parameter's shape (exp_avg.pt, ...), step.pt.
+
+    One tensor is in memory at a time. Raises ConfigError where there is no optimizer state,
+    CorruptCheckpointError, OSError.
+    """
+    if not content.optimizer or content.values.param_groups is None:
+        raise ConfigError(
+            f"{content.chain.top.folder}: holds no optimizer state, which a universal checkpoint needs; "
+            "convert to torch, dcp or safetensors"
+        )
+    tag = f"global_step{content.manifest.step}"
+    zero = folder / tag / "zero"
+    parameters = {
+        name: stored
+        for name, stored in content.untied.items()
+        if content.record(stored).torch_dtype.is_floating_point
+    }
+    state = {name: _same_shape(content, name) for name in parameters}
+    content.will_read(n for name in parameters for n in (parameters[name], *state[name].values()))
+    step: Any = None
+    for name, stored in parameters.items():
+        own = zero / name
+        own.mkdir(parents=True)
+        _save_tensor(content, stored, own / "fp32.pt")
+        for key, entry in state[name].items():
+            _save_tensor(content, entry, own / f"{key}.pt")
+        found = _step_of(content, name)
+        if found is not None:
+            torch.save(found, own / f"{STEP}.pt")
+            step = found if step is None else step
+    options = content.tree(content.values.param_groups, "param_groups")
+    groups = [{**group, "params": []} for group in options]
+    torch.save(
+        {
+            "ds_version": DS_VERSION,
+            "param_groups": groups,
+            # ZeRO-3 looks for the same one level down
+            "optimizer_state_dict": {"state": {0: {STEP: step}}, "param_groups": groups},
+        },
+        zero / "optimizer_state.pt",
+    )
+    _save_engine_state(content, folder / tag)
+    (folder / LATEST_UNIVERSAL).write_text(tag, encoding="ascii")
+
+
+def _same_shape(content: Content, name: str) -> dict[str, str]:
+    shape = content.record(content.model[name]).shape
+    entries = content.optimizer.get(name, {})
+    return {
+        key: stored
+        for key, stored in entries.items()
+        if key != STEP and content.record(stored).shape == shape
+    }
+
+
+def _step_of(content: Content, name: str) -> Any:
+    stored = content.optimizer.get(name, {}).get(STEP)
+    if stored is not None:
+        return content.read(stored)
+    return content.optimizer_values(name).get(STEP)
+
+
+def _save_tensor(content: Content, stored: str, path: Path) -> None:
+    torch.save({"param": content.read(stored).float(), "cat_dim": 0}, path)
+
+
+def _save_engine_state(content: Content, folder: Path) -> None:
+    """What the engine keeps beside the tensors, under the names of ZeRO-1/2 and of ZeRO-3."""
+    engine_state = {
+        "module": {},
+        "optimizer": None,
+        "lr_scheduler": None,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "global_steps": content.manifest.step,
+        "skipped_steps": 0,
+        "ds_version": DS_VERSION,
+        "extra": content.tree(content.values.extra, "extra"),
+    }
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save(engine_state, folder / name)

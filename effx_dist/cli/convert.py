@@ -1,0 +1,85 @@
+"""`effx convert`: a checkpoint in the format of something else."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effx_dist.cli.places import Folder, folder_and_step
+from effx_dist.cli.show import progress
+from effx_dist.errors import ConfigError
+
+
+class Target(StrEnum):
+    """What a checkpoint can be converted to."""
+
+    DCP = "dcp"
+    TORCH = "torch"
+    SAFETENSORS = "safetensors"
+    UNIVERSAL = "universal"
+
+
+def convert(
+    folder: Folder,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="What to write; must not exist, or be empty.")
+    ],
+    target: Annotated[Target, typer.Option("--to", help="Format of OUT; see above.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Step; else the newest.")] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="dcp, torch: leave out the optimizer.")
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help="safetensors: split larger models, as transformers does.")
+    ] = "5GB",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='safetensors: the model\'s config.json; else extra["config"] of the checkpoint.',
+        ),
+    ] = None,
+) -> None:
+    """Write one checkpoint as something that others load.
+
+    dcp: a plain folder of torch.distributed.checkpoint: dcp.load of {"model":
+    get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}, at any number of ranks.
+
+    torch: one file for torch.load(weights_only=True): "model" and "optimizer" for load_state_dict,
+    "step", "extra", "stateful". Takes memory for all of it.
+
+    safetensors: the weights in shards and config.json, for from_pretrained of transformers.
+
+    universal: a DeepSpeed universal checkpoint, for engine.load_checkpoint with {"checkpoint":
+    {"load_universal": true}} and load_lr_scheduler_states=False; parameters and optimizer state,
+    no buffers. Tried with DeepSpeed 0.19.8, ZeRO 1 to 3, on the CPU.
+
+    OUT appears whole in the end, or not at all.
+    """
+    folder, step = folder_and_step(folder, step)
+    from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
+
+    options = ConvertOptions(
+        weights_only=weights_only,
+        max_shard_size=max_shard_size,
+        config=None if config is None else _read_config(config),
+    )
+    with progress("converting") as on_progress:
+        done = convert_checkpoint(
+            folder, target.value, output, step=step, options=options, on_progress=on_progress
+        )
+    typer.echo(f"step {done} as {target.value}: {output}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: must hold one JSON object, as the config.json of a model does")
+    return found

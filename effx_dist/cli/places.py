@@ -1,0 +1,77 @@
+"""What the commands are given and what they end with: folders, steps, exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from effx_dist.cli.show import printable
+from effx_dist.errors import CheckpointNotFoundError, ConfigError, EffxError
+
+CHECKPOINTS = "checkpoints"
+GOOD, FINDING, USAGE = 0, 1, 2
+
+
+class EffxGroup(TyperGroup):
+    """Turns what the library refuses, and files that cannot be used, into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of a pipe has seen enough; typer knows what to do
+            raise
+        except (EffxError, OSError) as error:
+            complain(error)
+            raise typer.Exit(FINDING) from None
+
+
+def complain(error: Exception) -> None:
+    """Say on stderr what went wrong, in one line."""
+    typer.echo(f"effx: {printable(str(error))}", err=True)
+
+
+Folder = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="Checkpoint folder or its URL, a run's folder that has one called checkpoints/, or one "
+        "step's folder.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+
+
+def checkpoint_folder(folder: str) -> str:
+    """Return `folder/checkpoints` if it is there, else `folder`; a URL stays as it is.
+
+    Raises:
+        CheckpointNotFoundError: There is no such local folder.
+    """
+    if "://" in folder:
+        return folder
+    if not Path(folder).is_dir():
+        raise CheckpointNotFoundError(f"{folder}: no such folder")
+    inner = Path(folder) / CHECKPOINTS
+    return str(inner) if inner.is_dir() else folder
+
+
+def folder_and_step(folder: str, step: int | None) -> tuple[str, int | None]:
+    """Return the folder of checkpoints and the step: `run/step-300` is step 300 of `run`.
+
+    Raises:
+        CheckpointNotFoundError: There is no such local folder.
+        ConfigError: Two different steps were given.
+    """
+    folder = checkpoint_folder(folder)
+    from effx_dist.checkpoint.folder import step_of
+
+    path = folder.rstrip("/") if "://" in folder else str(Path(folder).absolute())
+    named = step_of(PurePosixPath(path).name)
+    if named is None:
+        return folder, step
+    if step is not None and step != named:
+        raise ConfigError(f"--step {step}: {folder} is another step; leave one of the two out")
+    return path.rpartition("/")[0], named
