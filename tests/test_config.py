@@ -40,11 +40,17 @@ BLOCK: dict[str, Any] = {
         "enabled": True,
         "profile": "balanced",
         "base_every": 50,
+        "base_every_size": None,
+        "seeded_base": False,
         "async_mode": "process",
         "policy": "wait",
+        "max_pending": 1,
+        "encoder_threads": 1,
+        "save_on_sigterm": False,
         "keep_latest_k": 5,
         "keep_every_n": 0,
         "max_error": None,
+        "manifest_sha256": False,
     },
 }
 TOML = """
@@ -147,6 +153,11 @@ excps = st.builds(
     base_every=st.integers(1),
     async_mode=st.sampled_from(["sync", "thread", "process"]),
     policy=st.sampled_from(["wait", "skip"]),
+    base_every_size=st.one_of(st.none(), st.floats(0, exclude_min=True, allow_infinity=False)),
+    seeded_base=st.booleans(),
+    encoder_threads=st.integers(1, 1024),
+    save_on_sigterm=st.booleans(),
+    manifest_sha256=st.booleans(),
     keep_latest_k=st.integers(0),
     keep_every_n=st.integers(0),
     max_error=st.one_of(st.none(), st.floats(0, exclude_min=True, allow_infinity=False)),
@@ -240,7 +251,9 @@ def test_both_kinds_of_field_were_found() -> None:
     """Keep the two lists above from running empty when the schema changes its form."""
     numbers = {key for _, key in NUMBERS}
     assert {"num_epochs", "prune_ratio", "threshold", "base_every", "max_error"} <= numbers
-    assert {key for _, key in BOOLEANS} == {"enabled", "drop_last", "cautious_weight_decay"}
+    booleans = {"enabled", "drop_last", "cautious_weight_decay"}
+    booleans |= {"seeded_base", "save_on_sigterm", "manifest_sha256"}
+    assert {key for _, key in BOOLEANS} == booleans
 
 
 def test_all_problems_are_listed_at_once() -> None:
