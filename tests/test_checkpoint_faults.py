@@ -4,83 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-import effx_dist.checkpoint.writer
 from effx_dist.checkpoint import Checkpointer, ExcpWriter, verify_folder
-from effx_dist.checkpoint.blockfile import BlockWriter
 from effx_dist.checkpoint.chunks import JointParts
-from effx_dist.checkpoint.folder import committed_steps, step_name
-from effx_dist.checkpoint.manifest import BlockRecord
+from effx_dist.checkpoint.folder import LATEST, committed_steps, step_name
+from effx_dist.checkpoint.ownership import OWNER
 from effx_dist.checkpoint.reader import read_manifest
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, RankFailedError
 from effx_dist.shard import Group, run_ranks
 from tests.chain_runs import SavingRank, Training, read_whole, rows, same_bits, save_all
+from tests.fault_injection import Operation, fails_once, watched
 from tests.runs import Run, committed, lossless
 
 CONFIG = ExcpConfig(profile="balanced")
-FAILING = "run/step-2"
+FAILING = "step-2"
+STAGING = f"writing-*-{FAILING}"
 
 
 def no_space() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def is_faulty(path: Path) -> bool:
-    """Rank 1's file of the save that is to fail."""
-    return str(path).endswith(f"{FAILING}/rank-00001.effx")
-
-
-class FailsAtOpen(BlockWriter):
-    def __init__(self, path: Path) -> None:
-        if is_faulty(path):
-            raise no_space()
-        super().__init__(path)
-
-
-class FailsAtAppend(BlockWriter):
-    def append(self, payload: bytes) -> BlockRecord:
-        if is_faulty(self.path):
-            raise no_space()
-        return super().append(payload)
-
-
-class FailsAtClose(BlockWriter):
-    def close(self) -> None:
-        super().close()
-        if is_faulty(self.path):
-            raise no_space()
-
-
-Install = Callable[[pytest.MonkeyPatch], None]
-
-
-def writes_with(writer: type[BlockWriter]) -> Install:
-    return lambda patch: patch.setattr(effx_dist.checkpoint.writer, "BlockWriter", writer)
-
-
-def cannot_sync(relative: str, times: Sequence[bool] = (True,)) -> Install:
-    """A disk on which the fsync of one path fails where ``times``, call by call, says so."""
-    real = os.fsync
-
-    def install(patch: pytest.MonkeyPatch) -> None:
-        left = iter(times)
-
-        def fsync(descriptor: int) -> None:
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
-            if path.endswith(relative) and next(left, False):
-                raise no_space()
-            real(descriptor)
-
-        patch.setattr(os, "fsync", fsync)
-
-    return install
 
 
 def save_with_one_failure(folder: Path, config: ExcpConfig = CONFIG) -> list[RankFailedError]:
@@ -122,42 +70,31 @@ def check_chain_without_the_failure(
 
 
 @pytest.mark.parametrize(
-    ("install", "rank"),
+    "operation",
     [
-        pytest.param(writes_with(FailsAtOpen), 1, id="open"),
-        pytest.param(writes_with(FailsAtAppend), 1, id="append"),
-        pytest.param(writes_with(FailsAtClose), 1, id="close"),
-        pytest.param(cannot_sync(f"{FAILING}/rank-00001.effx"), 1, id="fsync"),
-        pytest.param(cannot_sync(f"{FAILING}/manifest.json.tmp"), 0, id="manifest"),
+        Operation("create", f"{STAGING}/rank-00001.effx.*.part", 0),
+        Operation("write", f"{STAGING}/rank-00001.effx.*.part", 3),
+        Operation("fsync", f"{STAGING}/rank-00001.effx.*.part", 0),
+        Operation("rename", f"{STAGING}/rank-00001.effx", 0),
+        Operation("fsync", f"{STAGING}/manifest.json.*.part", 0),
+        Operation("rename", FAILING, 0),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("profile", ["balanced", "lossless"])
-def test_a_full_disk_on_one_rank(
-    install: Install, rank: int, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    install(monkeypatch)
+def test_a_full_disk_on_one_rank(operation: Operation, profile: str, tmp_path: Path) -> None:
     config = ExcpConfig.model_validate({"profile": profile})
-    for error in save_with_one_failure(tmp_path / "run", config):
-        assert error.failures.keys() == {rank}
-        assert "No space left" in error.failures[rank]
-
-
-def test_a_file_that_cannot_be_made_durable_is_closed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Else a run that goes on after failed saves runs out of descriptors."""
-    cannot_sync("/rank-00000.effx")(monkeypatch)
-    file = BlockWriter(tmp_path / "rank-00000.effx")
-    with pytest.raises(OSError, match="No space left"), file:
-        file.append(b"payload")
-    descriptors = Path("/proc/self/fd").iterdir()
-    assert str(file.path) not in [os.readlink(d) for d in descriptors if d.is_symlink()]
+    with watched(tmp_path / "run", fails_once(operation, errno.ENOSPC)):
+        told = save_with_one_failure(tmp_path / "run", config)
+    for error in told:
+        assert error.failures.keys() == {operation.rank or 0}
+        assert "No space left" in str(error)
 
 
 class BrokenParts(JointParts):
     """Cannot be looked at."""
 
-    def blocks(self) -> Iterator[Any]:
+    def arrays(self, cut: slice) -> NoReturn:
         raise no_space()
 
 
@@ -169,7 +106,7 @@ def test_a_rank_that_fails_while_statistics_are_merged(
 
     def joint_parts(self: ExcpWriter, decision: Any, parts: Any) -> Any:
         found = real(self, decision, parts)
-        if str(self.path).endswith(FAILING) and decision.rank == 1:
+        if str(self.path).endswith(f"run/{FAILING}") and decision.rank == 1:
             return {n: [BrokenParts(**vars(p)) for p in some] for n, some in found.items()}
         return found
 
@@ -177,37 +114,6 @@ def test_a_rank_that_fails_while_statistics_are_merged(
     for error in save_with_one_failure(tmp_path / "run"):
         assert error.failures.keys() == {1}
         assert "No space left" in error.failures[1]
-
-
-@pytest.mark.parametrize(
-    ("relative", "times"),
-    [
-        pytest.param("/latest.tmp", [False, True], id="latest"),
-        # claimed, rank file named, then the manifest renamed into it
-        pytest.param("/step-1", [False, False, True], id="folder-after-the-manifest"),
-    ],
-)
-def test_a_save_that_raises_committed_nothing(
-    relative: str, times: list[bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Also where the disk fails after the manifest: then the save has succeeded, or is undone."""
-    cannot_sync(relative, times)(monkeypatch)
-    training = Training()
-    states = [training.advance() for _ in range(2)]
-    raised: list[int] = []
-
-    def body(group: Group) -> None:
-        saving = SavingRank(tmp_path, CONFIG, rows, group)
-        for step, state in enumerate(states):
-            try:
-                saving.save(step, state)
-            except RankFailedError:
-                if group.rank == 0:
-                    raised.append(step)
-
-    run_ranks(2, body)
-    assert committed_steps(tmp_path) == [step for step in (0, 1) if step not in raised]
-    assert not verify_folder(tmp_path).findings
 
 
 def test_a_committed_step_is_never_overwritten(tmp_path: Path) -> None:
@@ -231,31 +137,30 @@ def test_what_a_cut_off_save_left_behind_is_removed_at_the_next_start(tmp_path: 
     for step in (0, 2, 7):
         (tmp_path / step_name(step)).mkdir()
         (tmp_path / step_name(step) / "rank-00000.effx").write_bytes(b"EFFXBLK1 half")
-    (tmp_path / step_name(2) / "manifest.json.tmp").write_bytes(b"{")
+    (tmp_path / step_name(2) / "manifest.json.0123abcd.part").write_bytes(b"{")
+    (tmp_path / "writing-0123abcd-step-5").mkdir()
+    (tmp_path / "writing-0123abcd-step-5" / "manifest.json").write_bytes(b"{}")
     (tmp_path / "notes").mkdir()
     with Checkpointer(tmp_path, lossless()) as checkpointer:
         assert checkpointer.newest() == 1
         checkpointer.load(run.model, run.optimizer)
         checkpointer.save(2, run.model, run.optimizer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "latest",
-        "notes",
-        "step-1",
-        "step-2",
-    ]
+    expected = {LATEST, OWNER, "notes", "step-1", "step-2"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
     assert not verify_folder(tmp_path).findings
 
 
-def test_a_failed_save_gives_its_space_back_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_failed_save_gives_its_space_back_at_once(tmp_path: Path) -> None:
     run = Run()
+    failing = Operation("fsync", f"{STAGING}/rank-00000.effx.*.part", 0)
     with Checkpointer(tmp_path, lossless()) as checkpointer:
         checkpointer.save(1, run.model, run.optimizer)
-        cannot_sync("step-2/rank-00000.effx")(monkeypatch)
-        with pytest.raises(RankFailedError, match="No space left"):
+        with (
+            watched(tmp_path, fails_once(failing, errno.ENOSPC)),
+            pytest.raises(RankFailedError, match="No space left"),
+        ):
             checkpointer.save(2, run.model, run.optimizer)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1"]
+        assert {path.name for path in tmp_path.iterdir()} == {LATEST, OWNER, "step-1"}
         with pytest.raises(RankFailedError, match="never overwritten"):
             checkpointer.save(1, run.model, run.optimizer)
         assert checkpointer.newest() == 1, "a committed step is not what a failure leaves behind"
@@ -276,11 +181,6 @@ def test_a_folder_that_cannot_be_written_to_fails_the_save_and_not_the_run(tmp_p
             with pytest.raises(CheckpointNotFoundError):
                 checkpointer.load(run.model, run.optimizer)
     assert a_file.read_text() == "not a folder"
-
-
-def test_an_url_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"s3://bucket/run.*local"):
-        Checkpointer("s3://bucket/run", lossless())
 
 
 @pytest.mark.parametrize("restart", [True, False], ids=["next run", "same run"])
@@ -336,11 +236,19 @@ def test_every_step_that_stays_loads(
     wanted = newest | always
     needed = {parent for step in wanted for parent in range(step - step % 3, step)}
     assert kept == wanted | needed
-    assert {p.name for p in tmp_path.iterdir()} == {"latest", *map(step_name, kept)}
+    assert {p.name for p in tmp_path.iterdir()} == {LATEST, OWNER, *map(step_name, kept)}
     for step in kept:
+        fresh = Run(seed=5)
         with Checkpointer(tmp_path, config) as checkpointer:
-            checkpointer.load(run.model, run.optimizer, step=step)
-        same_bits(run.state(), states[step])
+            if step in wanted:
+                checkpointer.load(fresh.model, fresh.optimizer, step=step)
+                same_bits(fresh.state(), states[step])
+            else:  # kept for its weights alone
+                with pytest.raises(CheckpointNotFoundError, match="moments were removed"):
+                    checkpointer.load(fresh.model, fresh.optimizer, step=step)
+                checkpointer.load(weights := Run(seed=5).model, step=step)
+                for name, tensor in weights.state_dict().items():
+                    same_bits({name: tensor}, {name: states[step][f"model.{name}"]})
 
 
 def test_a_damaged_older_checkpoint_does_not_fail_later_saves(tmp_path: Path) -> None:

@@ -1,81 +1,53 @@
-"""Names in a checkpoint folder, what counts as committed, and what retention may remove."""
+"""Names in a checkpoint folder, what counts as committed, and how steps appear and vanish."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effx_dist.checkpoint import folder as folder_module
 from effx_dist.checkpoint.folder import (
+    LATEST,
     MANIFEST,
+    REMOVING,
     checked_rank_file_name,
     checked_sibling_name,
     claim_step_folder,
     committed_steps,
-    local_folder,
+    is_moments_file,
+    moments_file_name,
     newest_step,
     rank_file_name,
     remove_step,
-    replace_file,
     require_committed,
     step_name,
     step_of,
     uncommitted_steps,
+    unfinished_steps,
 )
-from effx_dist.checkpoint.manifest import (
-    Figures,
-    Manifest,
-    ParentRecord,
-    manifest_checksum,
-    manifest_to_bytes,
-    write_manifest,
-)
-from effx_dist.checkpoint.retention import (
-    remove_leftovers,
-    retire,
-    set_aside_newer,
-    steps_to_keep,
-)
-from effx_dist.config import ExcpConfig
+from effx_dist.checkpoint.retention import remove_leftovers
+from effx_dist.checkpoint.storage import Location, location
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from tests.made_up_steps import WEIGHTS, make_chain, make_step
+
+SAVE = "0123456789abcdef"
+"""Names a save."""
 
 
-def make_step(folder: Path, step: int, parent: int | None = None) -> None:
-    """A committed checkpoint without tensors."""
-    above = None
-    if parent is not None:
-        path = folder / step_name(parent) / MANIFEST
-        above = ParentRecord(
-            name=step_name(parent), xxh3=manifest_checksum(path.read_bytes(), path)
-        )
-    figures = Figures(
-        raw_bytes=0,
-        stored_bytes=0,
-        run_raw_bytes=0,
-        run_stored_bytes=0,
-        saves_since_base=0,
-        error=0,
+@pytest.fixture(params=["local", "remote"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """A run's folder, not made yet."""
+    return location(
+        tmp_path / "run" if request.param == "local" else f"memory://{uuid.uuid4().hex}/run"
     )
-    manifest = Manifest(
-        step=step,
-        kind="base" if parent is None else "link",
-        parent=above,
-        profile="balanced",
-        world_size=1,
-        saved_at="2026-01-01T00:00:00+00:00",
-        writer="a test",
-        files=[],
-        figures=figures,
-        tensors={},
-    )
-    path = folder / step_name(step)
-    path.mkdir(parents=True)
-    write_manifest(path, manifest_to_bytes(manifest))
 
 
 @given(st.integers(0, 10**18 - 1))
@@ -101,8 +73,9 @@ def test_a_negative_step_is_refused() -> None:
 
 @given(st.integers(0, 99999))
 def test_rank_file_names_pass_their_own_check(rank: int) -> None:
-    name = rank_file_name(rank)
-    assert checked_rank_file_name(name, "here") == name
+    for name in (rank_file_name(rank), moments_file_name(rank)):
+        assert checked_rank_file_name(name, "here") == name
+        assert is_moments_file(name) == (name == moments_file_name(rank))
 
 
 HOSTILE = [
@@ -126,26 +99,46 @@ def test_names_of_siblings_pass(name: str) -> None:
     assert checked_sibling_name(name, "m.json") == name
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x"])
-def test_urls_are_refused_by_name(url: str) -> None:
-    with pytest.raises(ConfigError, match=url):
-        local_folder(url)
+def test_a_checkpoint_exists_when_its_manifest_does(place: Location) -> None:
+    make_step(place, 9)
+    make_step(place, 10)
+    for name in ("step-11", "step-12", "step-13"):
+        (place / name).make()
+    (place / "step-11").replace_file(WEIGHTS, b"1")
+    (place / "step-12").replace_file(f"{MANIFEST}.0a.part", b"{")
+    (place / "step-13" / MANIFEST).make()
+    (place / "step-13" / MANIFEST).replace_file("data", b"1")
+    place.replace_file("step-14", b"a file")
+    place.replace_file(LATEST, b"step-11\n")
+    assert committed_steps(place) == [9, 10]
+    assert uncommitted_steps(place) == [11, 12, 13]
+    assert newest_step(place) == 10
+    assert require_committed(place, 9) == 9
 
 
-def test_a_checkpoint_exists_when_its_manifest_does(tmp_path: Path) -> None:
-    make_step(tmp_path, 9)
-    make_step(tmp_path, 10)
-    (tmp_path / "step-11").mkdir()
-    (tmp_path / "step-12").mkdir()
-    (tmp_path / "step-12" / (MANIFEST + ".tmp")).write_bytes(b"{")
-    (tmp_path / "step-13").mkdir()
-    (tmp_path / "step-13" / MANIFEST).mkdir()
-    (tmp_path / "step-14").write_bytes(b"a file")
-    (tmp_path / "latest").write_text("step-11\n")
-    assert committed_steps(tmp_path) == [9, 10]
-    assert uncommitted_steps(tmp_path) == [11, 12, 13]
-    assert newest_step(tmp_path) == 10
-    assert require_committed(tmp_path, 9) == 9
+def test_what_latest_names_counts_before_the_listing_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = location(f"memory://{uuid.uuid4().hex}/run")
+    make_step(place, 1)
+    make_step(place, 2)
+    place.replace_file(LATEST, b"step-2\n")
+    real = MemoryFileSystem.ls
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "ls",
+        lambda fs, path, **kw: [e for e in real(fs, path, **kw) if "step-2" not in e["name"]],
+    )
+    assert place.folders() == ["step-1"]
+    assert committed_steps(place) == [1, 2]
+    assert newest_step(place) == 2
+
+
+@pytest.mark.parametrize("said", [b"step-1", b"../x\n", b"\xff\n", b"", b"step-7\n" * 99])
+def test_latest_is_only_a_hint(said: bytes, place: Location) -> None:
+    make_chain(place, {1: None, 2: 1})
+    place.replace_file(LATEST, said)
+    assert committed_steps(place) == [1, 2]
 
 
 def test_a_link_to_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
@@ -153,173 +146,143 @@ def test_a_link_to_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "step-1").symlink_to(tmp_path / "elsewhere" / "step-1")
+    (run / LATEST).write_text("step-1\n")
     assert committed_steps(run) == []
     assert uncommitted_steps(run) == []
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    missing = tmp_path / "missing"
-    assert committed_steps(missing) == []
-    with pytest.raises(CheckpointNotFoundError, match="missing"):
-        newest_step(missing)
-    make_step(tmp_path, 3)
+def test_what_is_not_there_is_said(place: Location) -> None:
+    assert committed_steps(place) == []
+    with pytest.raises(CheckpointNotFoundError, match="run"):
+        newest_step(place)
+    make_step(place, 3)
     with pytest.raises(CheckpointNotFoundError, match=r"step 4 .* \[3\]"):
-        require_committed(tmp_path, 4)
+        require_committed(place, 4)
 
 
-def test_a_committed_checkpoint_is_never_claimed(tmp_path: Path) -> None:
-    make_step(tmp_path, 3)
+def test_a_committed_checkpoint_is_never_claimed(place: Location) -> None:
+    make_step(place, 3)
     with pytest.raises(ConfigError, match="never overwritten"):
-        claim_step_folder(tmp_path / "step-3")
+        claim_step_folder(place / "step-3")
+    assert committed_steps(place) == [3]
+
+
+def test_claiming_removes_what_was_left_half_done(place: Location) -> None:
+    left, other = place / "step-3", (place / "step-4").staging(SAVE)
+    for folder in (left, left.staging(SAVE), other):
+        folder.make()
+        folder.replace_file(WEIGHTS, b"half")
+    claim_step_folder(left)
+    assert left.files() == {}
+    assert place.folders() == [other.name], "what is of another step stays"
+
+
+def test_a_save_is_unfinished_until_it_is_published(place: Location) -> None:
+    """Two jobs put the same step together, each in a folder of its own."""
+    own, twin = location(place) / "step-3", (place / "step-3").staging("f" * 32)
+    staging = own.staging(SAVE)
+    staging.make()
+    staging.replace_file(WEIGHTS, b"whole")
+    assert unfinished_steps(place) == [3]
+    staging.replace_file(MANIFEST, b"{}")
+    staging.publish(own)
+    assert (committed_steps(place), unfinished_steps(place)) == ([3], [])
+    if place.has_rename:
+        twin.make()
+        twin.replace_file(MANIFEST, b"{}")
+        with pytest.raises(FileExistsError, match="another job has just put"):
+            twin.publish(own)
+    assert own.read_file(WEIGHTS, 9) == b"whole"
+
+
+def test_what_may_not_last_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = location(tmp_path / "step-3").staging(SAVE)
+    staging.make()
+    staging.replace_file(MANIFEST, b"{}")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", _fail)
+        with pytest.raises(OSError, match="lost power"):
+            staging.publish(location(tmp_path / "step-3"))
+    assert committed_steps(tmp_path) == []
+    assert staging.has_file(MANIFEST)
+
+
+@pytest.mark.parametrize("clear", [claim_step_folder, lambda step: remove_leftovers(step.parent)])
+@pytest.mark.parametrize("moment", ["move", "remove"])
+def test_a_save_that_is_removed_is_published_whole_or_never(
+    moment: str,
+    clear: Callable[[Location], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another job commits just before a removal's first look at its folder, or before its first
+    deletion."""
+    step = location(tmp_path / "step-3")
+    staging = step.staging(SAVE)
+    staging.make()
+    staging.replace_file(MANIFEST, b"{}")
+    real = getattr(type(step), moment)
+    outcomes: list[OSError | None] = []
+
+    def publish_first(self: Location, *args: Any) -> None:
+        try:
+            staging.publish(step)
+            outcomes.append(None)
+        except OSError as error:
+            outcomes.append(error)
+        real(self, *args)
+
+    monkeypatch.setattr(type(step), moment, publish_first)
+    clear(step)
+    [outcome] = outcomes
+    assert (outcome is None) == (moment == "move")
+    assert committed_steps(tmp_path) == ([3] if outcome is None else [])
+    assert [path.name for path in tmp_path.iterdir()] == (["step-3"] if outcome is None else [])
+
+
+def test_a_claim_that_meets_a_commit_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job's manifest appears between the look and the removal."""
+    left = location(tmp_path / "step-3")
+    left.make()
+    real = type(left).move
+
+    def move(self: Location, to: Location, last: str) -> None:
+        if self == left:
+            left.replace_file(MANIFEST, b"{}")
+        real(self, to, last)
+
+    monkeypatch.setattr(type(left), "move", move)
+    with pytest.raises(ConfigError, match="another job has just committed"):
+        claim_step_folder(left)
     assert committed_steps(tmp_path) == [3]
 
 
-def test_claiming_removes_what_was_left_half_done(tmp_path: Path) -> None:
-    left = tmp_path / "step-3"
-    left.mkdir()
-    (left / "rank-00000.effx").write_bytes(b"half")
-    claim_step_folder(left)
-    assert list(left.iterdir()) == []
-
-
-def test_removing_a_step_takes_its_manifest_first(
+def test_a_step_that_is_being_removed_never_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_step(tmp_path, 3)
-    (tmp_path / "step-3" / "rank-00000.effx").write_bytes(b"data")
     with monkeypatch.context() as crash:
-        crash.setattr(folder_module.shutil, "rmtree", _fail)
+        crash.setattr(shutil, "rmtree", _fail)
         with pytest.raises(OSError, match="lost power"):
             remove_step(tmp_path, 3)
-    assert committed_steps(tmp_path) == []
-    assert uncommitted_steps(tmp_path) == [3]
-    remove_step(tmp_path, 3)
-    assert list(tmp_path.iterdir()) == []
+    assert committed_steps(tmp_path) == uncommitted_steps(tmp_path) == []
+    assert [path.name.startswith(REMOVING) for path in tmp_path.iterdir()] == [True]
+
+
+def test_a_stores_step_loses_its_manifest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = location(f"memory://{uuid.uuid4().hex}/run")
+    make_step(place, 3)
+    with monkeypatch.context() as crash:
+        crash.setattr(MemoryFileSystem, "rm", _fail)
+        with pytest.raises(OSError, match="lost power"):
+            remove_step(place, 3)
+    assert committed_steps(place) == []
+    assert uncommitted_steps(place) == [3]
 
 
 def _fail(*_: object, **__: object) -> None:
     raise OSError("lost power")
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_an_existing_file_survives_a_write_that_fails(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "latest"
-    replace_file(path, b"old")
-    with monkeypatch.context() as crash:
-        crash.setattr(os, call, _fail)
-        with pytest.raises(OSError, match="lost power"):
-            replace_file(path, b"new")
-    assert path.read_bytes() == b"old"
-    replace_file(path, b"newer")
-    assert path.read_bytes() == b"newer"
-    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
-
-
-def test_a_file_is_durable_before_it_takes_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *args, _real=real, _name=name: (calls.append(_name), _real(*args))[1]
-        )
-    replace_file(tmp_path / MANIFEST, b"{}")
-    assert calls == ["fsync", "replace", "fsync"]
-
-
-# Retention
-
-
-@st.composite
-def chains(draw: st.DrawFn) -> dict[int, int | None]:
-    """Steps and their parents, each an older step or none."""
-    steps = sorted(draw(st.sets(st.integers(0, 40), min_size=1, max_size=12)))
-    return {step: draw(st.sampled_from([None, *steps[:index]])) for index, step in enumerate(steps)}
-
-
-RULES = st.builds(
-    ExcpConfig, keep_latest_k=st.integers(0, 4), keep_every_n=st.sampled_from([0, 1, 3, 10])
-)
-
-
-@given(chains(), RULES)
-def test_what_is_kept_has_its_parents_and_the_newest(
-    parent_of: dict[int, int | None], config: ExcpConfig
-) -> None:
-    kept = steps_to_keep(parent_of, parent_of, config)
-    assert kept <= parent_of.keys()
-    assert all(parent_of[step] is None or parent_of[step] in kept for step in kept)
-    assert max(parent_of) in kept
-
-
-@given(chains(), RULES)
-def test_nothing_is_kept_without_a_reason(
-    parent_of: dict[int, int | None], config: ExcpConfig
-) -> None:
-    kept = steps_to_keep(parent_of, parent_of, config)
-    num_latest = config.keep_latest_k or len(parent_of)
-    wanted = set(sorted(parent_of)[-num_latest:])
-    wanted |= {s for s in parent_of if config.keep_every_n and s % config.keep_every_n == 0}
-    assert wanted <= kept
-    assert all(any(parent_of[child] == step for child in kept) for step in kept - wanted)
-
-
-def test_retire_removes_the_rest_and_no_base_that_is_needed(tmp_path: Path) -> None:
-    for step, parent in {0: None, 1: 0, 2: 1, 3: None, 4: 3, 5: 4}.items():
-        make_step(tmp_path, step, parent)
-    assert retire(tmp_path, ExcpConfig(keep_latest_k=1)) == [2, 1, 0]
-    assert committed_steps(tmp_path) == [3, 4, 5]
-    assert retire(tmp_path, ExcpConfig(keep_latest_k=1)) == []
-
-
-def test_retire_keeps_everything_when_told_to(tmp_path: Path) -> None:
-    for step in range(4):
-        make_step(tmp_path, step)
-    assert retire(tmp_path, ExcpConfig(keep_latest_k=0)) == []
-    assert committed_steps(tmp_path) == [0, 1, 2, 3]
-
-
-def test_a_crash_while_retiring_leaves_no_orphan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for step, parent in {0: None, 1: 0, 2: 1, 3: None}.items():
-        make_step(tmp_path, step, parent)
-    with monkeypatch.context() as crash:
-        crash.setattr(folder_module.shutil, "rmtree", _fail)
-        with pytest.raises(OSError, match="lost power"):
-            retire(tmp_path, ExcpConfig(keep_latest_k=1))
-    assert committed_steps(tmp_path) == [0, 1, 3]  # the newest went first: 1 still has its parent
-
-
-def test_a_damaged_old_manifest_makes_retention_remove_nothing_that_is_needed(
-    tmp_path: Path,
-) -> None:
-    for step, parent in {0: None, 1: 0, 2: 1, 3: 2}.items():
-        make_step(tmp_path, step, parent)
-    (tmp_path / "step-1" / MANIFEST).write_bytes(b"{damaged")
-    with contextlib.suppress(CorruptCheckpointError):
-        retire(tmp_path, ExcpConfig(keep_latest_k=1))
-    assert {0, 1, 2, 3} <= set(committed_steps(tmp_path))
-
-
-def test_leftovers_go_and_committed_steps_stay(tmp_path: Path) -> None:
-    make_step(tmp_path, 1)
-    (tmp_path / "step-2").mkdir()
-    (tmp_path / "notes").mkdir()
-    remove_leftovers(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-1"]
-
-
-def test_newer_checkpoints_are_set_aside_and_not_lost(tmp_path: Path) -> None:
-    for step, parent in {1: None, 2: 1, 3: 2}.items():
-        make_step(tmp_path, step, parent)
-    names = set_aside_newer(tmp_path, 1)
-    assert [name.rpartition("-step-")[2] for name in names] == ["3", "2"]
-    assert committed_steps(tmp_path) == [1]
-    assert all((tmp_path / name / MANIFEST).is_file() for name in names)
-    make_step(tmp_path, 2, 1)
-    assert len(set(set_aside_newer(tmp_path, 1)) | set(names)) == 3
-    assert set_aside_newer(tmp_path, 1) == []
