@@ -108,7 +108,12 @@ def main(
     }
     ratio = rows["effx"]["load_s"] / rows["dcp"]["load_s"]
     settings = {"links": links, "profile": profile, "threads": threads, **facts}
-    report = {"torch": torch.__version__, **settings, "rows": rows, "effx_over_dcp": round(ratio, 2)}
+    report = {
+        "torch": torch.__version__,
+        **settings,
+        "rows": rows,
+        "effx_over_dcp": round(ratio, 2),
+    }
     typer.echo(json.dumps(report, indent=1))
 
 

@@ -37,7 +37,9 @@ class Disk:
         class Waits(BlockWriter):
             def __init__(self, folder: Location, name: str) -> None:
                 super().__init__(folder, name)
-                self.step = folder.name.partition("-")[2].partition("-")[2]  # of "writing-<id>-step-1"
+                self.step = folder.name.partition("-")[2].partition("-")[
+                    2
+                ]  # of "writing-<id>-step-1"
 
             def append(self, payload: bytes) -> BlockRecord:
                 if self.step == disk.name:

@@ -12,7 +12,7 @@ from tests.fault_injection import Operation
 from tests.fault_target import KILLED, STOPPED, Setup, running
 
 pytestmark = pytest.mark.ranks
-PATIENT_S = 100.0
+PATIENT_S, IMPATIENT_S = 100.0, 5.0
 """Where nobody is to run into the timeout: the interpreters of saving processes start at leisure."""
 
 
@@ -54,7 +54,7 @@ def test_a_slow_rank_is_named_and_rejoins(tmp_path: Path) -> None:
 def test_a_rank_dies_while_the_other_waits(async_mode: str, dead: int, tmp_path: Path) -> None:
     """Rank 0 takes the store along, with which it is the one to be named."""
     folder, other = tmp_path / "run", 1 - dead
-    setup = Setup(folder, tmp_path / "store", async_mode=async_mode, timeout_s=PATIENT_S)
+    setup = Setup(folder, tmp_path / "store", async_mode=async_mode, timeout_s=IMPATIENT_S)
     with running(setup) as ranks:
         ranks.ask(1)
         assert ranks.hear_all() == [None, None]
@@ -62,7 +62,7 @@ def test_a_rank_dies_while_the_other_waits(async_mode: str, dead: int, tmp_path:
         ranks.processes[dead].kill()
         ranks.processes[dead].join()
         ranks.pipes[other].send((2,))
-        assert "closed by peer" in str(ranks.hear(other)), "torch.distributed names the address"
+        assert set(ranks.hear(other)) == {dead}
         codes = ranks.close()
     assert codes[dead] == KILLED
     assert codes[other] == 0

@@ -29,7 +29,7 @@ from effx_dist.checkpoint.seeded import start_chain
 from effx_dist.checkpoint.sigterm import SigtermMemory
 from effx_dist.checkpoint.staging import Staging
 from effx_dist.checkpoint.storage import location
-from effx_dist.checkpoint.training_state import Stateful, collect
+from effx_dist.checkpoint.training_state import Stateful, TrainingState, collect
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError
 from effx_dist.shard import Group, SoloGroup, meet, separate_group
@@ -86,6 +86,7 @@ class Checkpointer:
         self._control = group if group is not None else separate_group(timeout)
         self._store, rendezvous = meet(self._control if group is None else SoloGroup(), timeout)
         self._executor = make_executor(self.folder, self.config, rendezvous, group)
+        self._is_group_given = group is not None
         self._num_saves = 0
         self._staging = Staging(shared=self.config.async_mode == "process")
         self._pending: PendingSave | None = None
@@ -133,8 +134,9 @@ class Checkpointer:
             extra: JSON-like values and tensors by name, equal on all ranks (rank 0's are kept).
 
         Returns after the copy. An earlier save still in flight is waited for, or (policy "skip")
-        this one is left out; that choice is made by all ranks together. The global random states of
-        this process are saved as well.
+        this one is left out; that choice is made by all ranks together, in one small gather. Nothing
+        else is said before it returns: a rank that cannot save raises here, and the save fails on the
+        others by its name. The global random states of this process are saved as well.
         """
         if self._closed:
             raise ConfigError("this Checkpointer is closed; make a new one to save again")
@@ -146,19 +148,33 @@ class Checkpointer:
             return PendingSave(step, None, time.perf_counter() - started)
         self._settle_pending()
         self._num_saves += 1  # on every rank, however this call ends: saves find each other by it
-        state = self._control.everywhere(
-            lambda: collect(model, optimizer, stateful or {}, extra or {}, self._control.rank),
-            keep_own_error=True,
-        )
         try:
+            state = self._collect(model, optimizer, stateful or {}, extra or {})
             staged = self._staging.copy(state.leaves)
-        except BaseException as error:  # Ctrl-C, no memory: the other ranks save already
+        except BaseException as error:  # no memory, Ctrl-C: the other ranks save already
             self._executor.give_up(self._num_saves, error)
             raise
         job = SaveJob(step, staged, state.values, state.aliases)
         future = self._executor.submit(job, self._num_saves)
         self._pending = PendingSave(step, future, time.perf_counter() - started)
         return self._pending
+
+    def _collect(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        stateful: Mapping[str, Stateful],
+        extra: Mapping[str, Any],
+    ) -> TrainingState:
+        """What there is to save. The ranks wait for each other here only where a group was given,
+        which has no other way to tell that one of them does not come."""
+
+        def found() -> TrainingState:
+            return collect(model, optimizer, stateful, extra, self._control.rank)
+
+        if self._is_group_given:
+            return self._control.everywhere(found, keep_own_error=True)
+        return found()
 
     def save(
         self,

@@ -23,6 +23,11 @@ KEPT_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 blocked: the parent decides what becomes of a save."""
 
 
+NICENESS = 12
+"""How far the child steps back: a core that training uses as well is given to it for about a fifteenth of the
+time. A thread of the trainer could not step back so: it would hold the interpreter lock meanwhile."""
+
+
 def socket_pair() -> tuple[Connection, Connection]:
     """Two ends of a pipe that can also pass file descriptors."""
     ours, theirs = socket.socketpair()
@@ -76,4 +81,5 @@ def main(descriptor: int, parent: int) -> None:
     """Run the child on the inherited end of a pipe, with KEPT_SIGNALS blocked by its parent."""
     end_with(parent)
     torch.set_num_threads(1)  # the trainer keeps its cores
+    os.nice(NICENESS)  # and, where all are busy, most of their time
     serve(Connection(descriptor))

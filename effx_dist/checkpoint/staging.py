@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +12,9 @@ from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.shard import Box, LocalRows
 
 Key = tuple[str, tuple[int, ...]]
+
+
+SHARED_MEMORY = "/dev/shm"
 
 
 class Staging:
@@ -46,7 +51,23 @@ class Staging:
         found = self._buffers.get(key)
         if found is not None and tuple(found.shape) == box.sizes and found.dtype == part.dtype:
             return found
+        if self._shared:
+            _check_room(part.numel() * part.element_size())
         pinned = part.device.type == "cuda" and not self._shared
         made = torch.empty(box.sizes, dtype=part.dtype, pin_memory=pinned)
         self._buffers[key] = made.share_memory_() if self._shared else made
         return self._buffers[key]
+
+
+def _check_room(num_bytes: int) -> None:
+    """Shared memory that is full is not refused: the first write to it ends the process."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    found = os.statvfs(SHARED_MEMORY)
+    free = found.f_bavail * found.f_frsize
+    if num_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{SHARED_MEMORY}: {free} bytes are free of {num_bytes} that one more tensor needs; enlarge it "
+            '(docker run --shm-size), or set effx.excp.async_mode = "thread"',
+        )
