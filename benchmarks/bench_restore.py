@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -84,6 +85,9 @@ def main(
     profile: Annotated[str, typer.Option(help="Profile of the links.")] = "balanced",
     threads: Annotated[int, typer.Option(help="torch's threads while loading.")] = 2,
     rounds: Annotated[int, typer.Option(help="Loads of each kind.")] = 3,
+    cold: Annotated[
+        bool, typer.Option(help="Drop the page cache before each load: from the disk. Needs root.")
+    ] = False,
 ) -> None:
     """Measure both and print JSON."""
     context = multiprocessing.get_context("spawn")
@@ -93,6 +97,9 @@ def main(
         facts = save(folder, megabytes, links, profile)
         for _ in range(rounds):
             for kind, results in found.items():
+                if cold:
+                    os.sync()
+                    Path("/proc/sys/vm/drop_caches").write_text("3")
                 answers = context.Queue()
                 arguments = (kind, folder, megabytes, threads, answers)
                 process = context.Process(target=measure, args=arguments)
@@ -107,7 +114,7 @@ def main(
         for kind, results in found.items()
     }
     ratio = rows["effx"]["load_s"] / rows["dcp"]["load_s"]
-    settings = {"links": links, "profile": profile, "threads": threads, **facts}
+    settings = {"cold": cold, "links": links, "profile": profile, "threads": threads, **facts}
     report = {
         "torch": torch.__version__,
         **settings,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,8 +91,10 @@ class ExcpReader(StorageReader):
             for item in values:
                 self._read_value(item, planner)
             targets = [planner.resolve_tensor(item).detach() for item in tensors]
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                deque(pool.map(self._read_tensor, tensors, targets), maxlen=0)
+            reads = [
+                partial(self._read_tensor, *pair) for pair in zip(tensors, targets, strict=True)
+            ]
+            _run_all(reads, torch.get_num_threads())
             for item, target in zip(tensors, targets, strict=True):
                 planner.commit_tensor(item, target)
         finally:
@@ -125,6 +129,33 @@ class ExcpReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return bool(os.fspath(checkpoint_id))
+
+
+def _run_all(calls: Sequence[Callable[[], None]], threads: int) -> None:
+    """Make the calls on so many threads, this one among them: a new thread's memory is given back to
+    the system after every block, and faulted in again."""
+    left = deque(calls)
+
+    def work() -> None:
+        try:
+            while (call := _next_of(left)) is not None:
+                call()
+        except BaseException:
+            left.clear()
+            raise
+
+    with ThreadPoolExecutor(max(threads - 1, 1), "effx-read") as pool:
+        others = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
+
+
+def _next_of(left: deque[Callable[[], None]]) -> Callable[[], None] | None:
+    try:
+        return left.popleft()
+    except IndexError:
+        return None
 
 
 def _tensor_metadata(record: TensorRecord) -> TensorStorageMetadata:
