@@ -47,11 +47,7 @@ def tell_and_wait(futures, timeout):
     if not told:
         told.append(True)
         say("waiting")
-    try:
-        return wait(futures, timeout)
-    except KeyboardInterrupt:
-        told.clear()  # the next wait is another one
-        raise
+    return wait(futures, timeout)
 
 def release_when_told():
     sys.stdin.readline()
@@ -182,6 +178,7 @@ with start() as checkpointer:
         saving.wait()
     except KeyboardInterrupt:
         assert not saving.done()
+        told.clear()  # the wait in close() is another one
         say("interrupted")
         raise
 """
