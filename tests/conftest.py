@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 # Before torch is imported, and for every process that a test starts: ranks that each take all the
 # cores would crowd each other out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# DeepSpeed compiles its operators here at their first use. Whoever finds a lock in that folder waits
+# for it without end, also for one that a killed run left behind.
+EXTENSIONS = Path(sys.prefix, "torch_extensions")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+LONGEST_BUILD_S = 900
+for lock in EXTENSIONS.glob("*/lock"):
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - lock.stat().st_mtime > LONGEST_BUILD_S:
+            lock.unlink()
 
 import pytest
 import torch

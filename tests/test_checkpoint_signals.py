@@ -99,6 +99,12 @@ class Trainer:
         """Let no save go on (a thread holds itself)."""
         if self.child:
             os.kill(self.child, signal.SIGSTOP)
+            while not self.child_is_stopped():  # each of its threads has to be told
+                os.sched_yield()
+
+    def child_is_stopped(self) -> bool:
+        states = Path(f"/proc/{self.child}/task").glob("*/stat")
+        return all(state.read_text().rpartition(")")[2].split()[0] == "T" for state in states)
 
     def tell(self) -> None:
         """Let the save go on."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import fresh_interpreter
+
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 ENCODE_TWICE = """
@@ -29,21 +29,7 @@ print("compiled" if kernels() else "numpy", hashlib.sha256(content).hexdigest())
 """
 
 
-def run(cache: Path, path: str | None = None) -> list[str]:
-    """Lines that a fresh interpreter prints, with torch's cache in a folder of its own."""
-    env = {**os.environ, "TORCH_HOME": str(cache / "torch"), "OMP_NUM_THREADS": "1"}
-    if path is not None:
-        env["PATH"] = path
-    done = subprocess.run(
-        [sys.executable, "-c", ENCODE_TWICE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=env,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+run = partial(fresh_interpreter.run, ENCODE_TWICE)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

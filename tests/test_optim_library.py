@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import fresh_interpreter
+
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 
@@ -33,21 +33,7 @@ for warning in caught:
 """
 
 
-def run(cache: Path, path: str | None = None) -> list[str]:
-    """Lines that a fresh interpreter prints, with torch's cache in a folder of its own."""
-    env = {**os.environ, "TORCH_HOME": str(cache / "torch"), "OMP_NUM_THREADS": "1"}
-    if path is not None:
-        env["PATH"] = path
-    done = subprocess.run(
-        [sys.executable, "-c", STEP_TWICE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=env,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+run = partial(fresh_interpreter.run, STEP_TWICE)
 
 
 def built(cache: Path) -> list[Path]:

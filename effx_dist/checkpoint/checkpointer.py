@@ -99,7 +99,7 @@ class Checkpointer:
         the base of the run's chain; only their hashes are stored. Without it, nothing is done.
 
         Call on every rank before the first step of a run that does not resume. To load then takes a
-        model initialised in the same way, until the next stored base. Three small gathers. Raises
+        model initialised in the same way, until the next stored base. A few small gathers. Raises
         ConfigError where the folder holds checkpoints already.
         """
         if not self.config.seeded_base:
@@ -108,7 +108,9 @@ class Checkpointer:
             raise ConfigError(
                 f"{self.folder}: holds checkpoints already; load one, or begin in another folder"
             )
-        state = collect(model, None, {}, {}, self._control.rank)
+        state = self._control.everywhere(
+            lambda: collect(model, None, {}, {}, self._control.rank), keep_own_error=True
+        )
         self._executor.restart(start_chain(self.folder, state.leaves, self._control))
 
     def async_save(

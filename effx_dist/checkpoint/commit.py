@@ -202,29 +202,46 @@ def build_manifest(
         for name, found in sorted(decision.facts.items())
     }
     errors = [t.coding.error for t in tensors.values() if isinstance(t.coding, JointWeight)]
-    manifest = Manifest(
+    manifest = new_manifest(
+        tensors,
+        saves_since_base=_saves_since_base(decision, chain),
+        error=max(errors, default=0.0),
         step=facts.step,
         kind="link" if decision.is_link else "base",
         parent=chain.parent if decision.is_link else None,
         profile=config.profile,
         world_size=decision.num_ranks,
-        saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        writer=f"effx-dist {__version__}",
         files=list(files.values()),
-        figures=Figures(
-            raw_bytes=sum(t.numel * t.torch_dtype.itemsize for t in tensors.values()),
-            stored_bytes=0,
-            run_raw_bytes=0,
-            run_stored_bytes=0,
-            saves_since_base=_saves_since_base(decision, chain),
-            error=max(errors, default=0.0),
-        ),
         aliases=dict(facts.aliases or {}),
-        tensors=tensors,
         values=values,
         extra=facts.extra,
     )
     return with_sizes(manifest, chain.figures)
+
+
+def new_manifest(
+    tensors: Mapping[str, TensorRecord],
+    *,
+    saves_since_base: int = 0,
+    error: float = 0,
+    **fields: Any,
+) -> Manifest:
+    """A manifest of this moment and this version, whose stored sizes are still to be counted by
+    :func:`with_sizes`. ``fields``: the others of :class:`Manifest`."""
+    return Manifest(
+        saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        writer=f"effx-dist {__version__}",
+        figures=Figures(
+            raw_bytes=sum(tensor.raw_bytes for tensor in tensors.values()),
+            stored_bytes=0,
+            run_raw_bytes=0,
+            run_stored_bytes=0,
+            saves_since_base=saves_since_base,
+            error=error,
+        ),
+        tensors=dict(tensors),
+        **fields,
+    )
 
 
 def _files(reports: Sequence[WriteResult]) -> dict[tuple[int, int], FileRecord]:

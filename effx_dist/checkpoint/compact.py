@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import torch
 import xxhash
 
-from effx_dist import __version__
 from effx_dist.checkpoint.blockfile import VALUES, BlockReader, RankFiles
 from effx_dist.checkpoint.chunks import ChunkDecoder, ChunkEncoder, block_ranges
 from effx_dist.checkpoint.coding import to_bits
-from effx_dist.checkpoint.commit import LOSSLESS, with_sizes
+from effx_dist.checkpoint.commit import LOSSLESS, new_manifest, with_sizes
 from effx_dist.checkpoint.folder import (
     MERGED,
     newest_step,
@@ -30,14 +28,13 @@ from effx_dist.checkpoint.folder import (
 from effx_dist.checkpoint.manifest import (
     ChunkRecord,
     Delta,
-    Figures,
     JointWeight,
     Manifest,
     Planes,
     TensorRecord,
     write_manifest,
 )
-from effx_dist.checkpoint.pieces import OnProgress, raw_bytes_of
+from effx_dist.checkpoint.pieces import OnProgress
 from effx_dist.checkpoint.reader import ChainReader
 from effx_dist.checkpoint.storage import Folder, Location, location
 from effx_dist.errors import CorruptCheckpointError
@@ -95,7 +92,7 @@ def _write(
     chain: ChainReader, names: list[str], target: Location, on_progress: OnProgress | None
 ) -> tuple[Manifest, bytes]:
     source = chain.top.manifest
-    raw_bytes = {name: raw_bytes_of(source, name) for name in names}
+    total = sum(source.tensors[name].raw_bytes for name in names)
     digests: Digests = {}
     tensors: dict[str, TensorRecord] = {}
     done = 0
@@ -107,27 +104,17 @@ def _write(
             tensors[name] = TensorRecord(
                 dtype=old.dtype, shape=old.shape, coding=Planes(), chunks=chunks
             )
-            done += raw_bytes[name]
+            done += old.raw_bytes
             if on_progress is not None:
-                on_progress(done, sum(raw_bytes.values()))
-    manifest = Manifest(
+                on_progress(done, total)
+    manifest = new_manifest(
+        tensors,
         step=source.step,
         kind="base",
         parent=None,
         profile=LOSSLESS,
         world_size=1,
-        saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        writer=f"effx-dist {__version__}",
         files=[files.records()[VALUES]],
-        figures=Figures(
-            raw_bytes=sum(raw_bytes.values()),
-            stored_bytes=0,
-            run_raw_bytes=0,
-            run_stored_bytes=0,
-            saves_since_base=0,
-            error=0,
-        ),
-        tensors=tensors,
         merges=chain.top.checksum,
     )
     _check_back(manifest, target, digests)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from effx_dist.checkpoint.manifest import Manifest, TensorRecord
-from effx_dist.checkpoint.pieces import OnProgress, raw_bytes_of, read_pieces
+from effx_dist.checkpoint.pieces import OnProgress, read_pieces
 from effx_dist.checkpoint.reader import ChainReader
 
 Kind = Literal["same", "values", "shape", "dtype", "only in A", "only in B"]
@@ -71,12 +71,12 @@ def compare_checkpoints(
     """
     ours, theirs = a.top.manifest, b.top.manifest
     names = sorted(_names(ours) | _names(theirs))
-    total = sum(raw_bytes_of(ours, a.resolve(name)) for name in names if name in _names(ours))
+    total = sum(ours.tensors[a.resolve(name)].raw_bytes for name in names if name in _names(ours))
     done, found = 0, []
     for name in names:
         found.append(_compare_tensor(name, a, b))
         if name in _names(ours):
-            done += raw_bytes_of(ours, a.resolve(name))
+            done += ours.tensors[a.resolve(name)].raw_bytes
         if on_progress is not None:
             on_progress(done, total)
     values = tuple(_differing_paths(_values_of(ours), _values_of(theirs), ""))

@@ -112,13 +112,15 @@ class ExcpReader(StorageReader):
 
     def _read_tensor(self, item: ReadItem, target: torch.Tensor) -> None:
         name, box = item.storage_index.fqn, _whole_box_of(item)
-        record = self.chain.record(name)
-        if record and (target.device.type, target.dtype) == ("cpu", record.torch_dtype):
+        dtype = self.chain.top.manifest.tensors[self.chain.resolve(name)].torch_dtype
+        if (target.device.type, target.dtype) == ("cpu", dtype):
             self.chain.read_into(name, box, target)
-        elif record:
-            values = target.to("cpu", record.torch_dtype)  # a seeded base builds upon what is there
-            self.chain.read_into(name, box, values)
-            target.copy_(values)
+            return
+        # A seeded base's differences build upon what is there.
+        seeded = self.chain.holds_seed
+        values = target.to("cpu", dtype) if seeded else torch.empty(target.shape, dtype=dtype)
+        self.chain.read_into(name, box, values)
+        target.copy_(values)
 
     def close(self) -> None:
         """Close all files."""

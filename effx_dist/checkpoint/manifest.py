@@ -51,6 +51,8 @@ Name = Annotated[str, Field(max_length=1024)]
 Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _HEAD = re.compile(rb'\{"format":"effx-excp","version":([0-9]{1,9}),"xxh3_128":"([0-9a-f]{32})",')
 _ZEROS = "0" * 32
+_HEAD_BYTES = 128
+"""Hold what _HEAD matches."""
 
 
 class _Record(BaseModel):
@@ -156,6 +158,11 @@ class TensorRecord(_Record):
     def torch_dtype(self) -> torch.dtype:
         """The torch data type."""
         return DTYPES[self.dtype]
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the whole tensor when it is decoded."""
+        return self.numel * self.torch_dtype.itemsize
 
 
 class ParentRecord(_Record):
@@ -272,6 +279,12 @@ def short(text: str, length: int = 300) -> str:
 def manifest_checksum(content: bytes, path: object) -> str:
     """The checksum that a manifest states of itself."""
     return _head(content, path)[2].decode()
+
+
+def stated_checksum(place: Location) -> str:
+    """The same of the manifest in a checkpoint's folder, which names the checkpoint; reads its start
+    only. Raises CorruptCheckpointError where there is none."""
+    return manifest_checksum(place.read_start(MANIFEST, _HEAD_BYTES), place / MANIFEST)
 
 
 def _head(content: bytes, path: object) -> re.Match[bytes]:

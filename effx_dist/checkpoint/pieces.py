@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from effx_dist.checkpoint.manifest import Manifest, TensorRecord
+from effx_dist.checkpoint.manifest import TensorRecord
 from effx_dist.checkpoint.reader import ChainReader
 from effx_dist.checkpoint.training_state import empty_for
 from effx_dist.shard import Box
@@ -47,9 +47,3 @@ def read_whole(chain: ChainReader, name: str) -> torch.Tensor:
     for box, piece in read_pieces(chain, name):
         values[box.slices] = piece
     return values
-
-
-def raw_bytes_of(manifest: Manifest, name: str) -> int:
-    """Bytes of a stored tensor when it is decoded."""
-    record = manifest.tensors[name]
-    return record.numel * record.torch_dtype.itemsize

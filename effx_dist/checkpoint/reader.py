@@ -108,8 +108,8 @@ class StepReader:
         """Close all files; they open again when they are needed."""
         for file in self.files:
             file.close()
-        if self.__dict__.get("merged") is not None:
-            self.__dict__["merged"].close()
+        if "merged" in vars(self) and self.merged is not None:  # it was asked for
+            self.merged.close()
 
     def _quantisers(self) -> dict[str, JointQuantiser]:
         found = {}

@@ -25,16 +25,13 @@ from effx_dist.checkpoint.folder import (
     step_of,
     uncommitted_steps,
 )
-from effx_dist.checkpoint.manifest import FileRecord, ParentRecord, manifest_checksum
+from effx_dist.checkpoint.manifest import FileRecord, ParentRecord, stated_checksum
 from effx_dist.checkpoint.reader import read_manifest
 from effx_dist.checkpoint.storage import WRITING, Folder, Location, location
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 logger = logging.getLogger(__name__)
-
-_HEAD_BYTES = 128
-"""Of a manifest's start, where it states its checksum."""
 
 
 def wanted_steps(
@@ -202,12 +199,6 @@ def _facts(place: Location) -> _Facts | None:
     except CorruptCheckpointError as error:
         logger.warning("nothing up to this checkpoint is removed: %s", error)
         return None
-
-
-def stated_checksum(place: Location) -> str:
-    """The checksum that a checkpoint's manifest states of itself, which names the checkpoint. Raises
-    CorruptCheckpointError where there is none."""
-    return manifest_checksum(place.read_start(MANIFEST, _HEAD_BYTES), place / MANIFEST)
 
 
 @lru_cache(maxsize=4096)

@@ -7,19 +7,17 @@ from the same seed; a load compares hashes of whole tensors before it changes an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from effx_dist import __version__
 from effx_dist.checkpoint.coding import to_bits
+from effx_dist.checkpoint.commit import new_manifest
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.joints import is_chained
 from effx_dist.checkpoint.manifest import (
-    Figures,
     Manifest,
     ParentRecord,
     Seeded,
@@ -44,7 +42,7 @@ from effx_dist.shard import Box, Group
 
 PREFIX = "initialisation-"
 _PIECE_NUMEL = 2**20
-Held = dict[tuple[str, Box], Fingerprint]
+Held = dict[str, dict[Box, Fingerprint]]
 
 
 def start_chain(folder: Location, leaves: Mapping[str, Leaf], group: Group) -> Loaded:
@@ -89,24 +87,8 @@ def _write(
         )
         for name, fragment in sorted(chained.items())
     }
-    manifest = Manifest(
-        step=0,
-        kind="base",
-        parent=None,
-        profile="seeded",
-        world_size=0,
-        saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        writer=f"effx-dist {__version__}",
-        files=[],
-        figures=Figures(
-            raw_bytes=0,
-            stored_bytes=0,
-            run_raw_bytes=0,
-            run_stored_bytes=0,
-            saves_since_base=0,
-            error=0,
-        ),
-        tensors=tensors,
+    manifest = new_manifest(
+        tensors, step=0, kind="base", parent=None, profile="seeded", world_size=0, files=[]
     )
     content = manifest_to_bytes(manifest)
     checksum = manifest_checksum(content, folder)
@@ -121,13 +103,21 @@ def check_seed(chain: ChainReader, leaves: Mapping[str, Leaf], group: Group) -> 
     """Where a checkpoint builds upon a seeded initialisation, let it be read into ``leaves``, live
     tensors by the names they are stored under, which must hold that initialisation.
 
-    One gather if so, none else. Raises LayoutMismatchError on all ranks where one tensor differs.
+    Three small gathers, by which one rank's error is raised on all. Raises LayoutMismatchError where
+    a tensor differs.
     """
-    needed = {name: seeds for name in leaves if (seeds := chain.seed_of(name)) is not None}
-    if not needed:
-        return
+
+    def find() -> dict[str, Seeded]:
+        return {name: seed for name in leaves if (seed := chain.seed_of(name)) is not None}
+
+    needed = group.everywhere(find, keep_own_error=True)
     live = {name: Fragment.of(name, leaves[name]) for name in needed}
-    found = whole_fingerprints(live, group)
+    held = group.all_gather_object(_held(live))
+    group.everywhere(lambda: _compare(chain, needed, _merge(live, held)), keep_own_error=True)
+    chain.holds_seed = bool(needed)
+
+
+def _compare(chain: ChainReader, needed: Mapping[str, Seeded], found: Mapping[str, str]) -> None:
     differing = [name for name, seed in needed.items() if found[name] != seed.fingerprint]
     if differing:
         raise LayoutMismatchError(
@@ -136,28 +126,32 @@ def check_seed(chain: ChainReader, leaves: Mapping[str, Leaf], group: Group) -> 
             f"{differing[0]} first. Initialise the model as the run did (seed, device, library "
             "versions) before loading, or load a step after the next stored base"
         )
-    chain.holds_seed = True
 
 
 def whole_fingerprints(fragments: Mapping[str, Fragment], group: Group) -> dict[str, str]:
     """The hash of each whole tensor, from what the ranks hold of it; copies count once. One
     gather. Raises LayoutMismatchError where copies differ, or pieces are missing."""
-    own: Held = {
-        (name, box): _fingerprint_of(fragment.shape, box, part)
+    return _merge(fragments, group.all_gather_object(_held(fragments)))
+
+
+def _held(fragments: Mapping[str, Fragment]) -> Held:
+    return {
+        name: {box: _fingerprint_of(fragment.shape, box, part) for box, part in fragment.parts}
         for name, fragment in fragments.items()
-        for box, part in fragment.parts
     }
-    merged: Held = {}
-    for rank, held in enumerate(group.all_gather_object(own)):
-        for (name, box), value in held.items():
-            if merged.setdefault((name, box), value) != value:
-                raise LayoutMismatchError(
-                    f"{name}: the copy of {box} on rank {rank} differs from another rank's; "
-                    "a seeded initialisation must be the same on all"
-                )
+
+
+def _merge(fragments: Mapping[str, Fragment], by_rank: Sequence[Held]) -> dict[str, str]:
     found = {}
     for name, fragment in fragments.items():
-        parts = {box: value for (other, box), value in merged.items() if other == name}
+        parts: dict[Box, Fingerprint] = {}
+        for rank, held in enumerate(by_rank):
+            for box, value in held.get(name, {}).items():
+                if parts.setdefault(box, value) != value:
+                    raise LayoutMismatchError(
+                        f"{name}: the copy of {box} on rank {rank} differs from another rank's; "
+                        "a seeded initialisation must be the same on all"
+                    )
         held_numel = sum(box.numel for box in parts)
         if held_numel != math.prod(fragment.shape):
             raise LayoutMismatchError(

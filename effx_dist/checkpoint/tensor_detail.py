@@ -14,7 +14,7 @@ import torch
 
 from effx_dist.checkpoint.folder import MANIFEST
 from effx_dist.checkpoint.manifest import ChunkRecord, Delta, JointWeight, Manifest, TensorRecord
-from effx_dist.checkpoint.pieces import raw_bytes_of, read_pieces
+from effx_dist.checkpoint.pieces import read_pieces
 from effx_dist.checkpoint.reader import ChainReader, open_checkpoint
 from effx_dist.core.excp import JointQuantiser
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -93,7 +93,7 @@ def list_tensors(chain: ChainReader) -> list[TensorSummary]:
             shape=tuple(record.shape),
             coding=record.coding.kind,
             num_pieces=len(record.chunks),
-            raw_bytes=raw_bytes_of(manifest, name),
+            raw_bytes=manifest.tensors[name].raw_bytes,
             stored_bytes=sum(_piece(chunk, manifest).stored_bytes for chunk in record.chunks),
             error=record.coding.error if isinstance(record.coding, JointWeight) else None,
         )
@@ -122,7 +122,7 @@ def describe_tensor(chain: ChainReader, name: str) -> TensorDetail:
         coding=record.coding.kind,
         parent=manifest.parent.name if is_difference and manifest.parent else None,
         pieces=pieces,
-        raw_bytes=raw_bytes_of(manifest, chain.resolve(name)),
+        raw_bytes=manifest.tensors[chain.resolve(name)].raw_bytes,
         stored_bytes=sum(piece.stored_bytes for piece in pieces),
         quantiser=_quantiser(record, name),
         histogram=_histogram(chain, name, is_difference),

@@ -172,7 +172,7 @@ def _verify_share(path: Location, steps: Sequence[int], share: _Share) -> Verify
             for found in _in_order(pool, _jobs(reader, share)):
                 report.add(found)
                 share.advance(found.num_bytes)
-            places += _below(place, reader.manifest, report)
+            places += _below(reader, report)
     return report
 
 
@@ -282,23 +282,16 @@ def _decode(folder: Location, names: Sequence[str]) -> VerifyReport:
     return report
 
 
-def _check_merged(place: Location, merged: Location, report: VerifyReport) -> None:
-    try:
-        (base, _), (_, checksum) = read_manifest(merged), read_manifest(place)
-    except EffxError:
-        return  # found where each of them is verified
-    if base.merges != checksum:
-        report.find(f"{merged}: was made from another checkpoint than the one it lies in")
-
-
-def _below(place: Location, manifest: Manifest, report: VerifyReport) -> list[Location]:
+def _below(reader: StepReader, report: VerifyReport) -> list[Location]:
     """What a step is made against, to be verified too: its parent, and the base merged from what
     was once below it."""
-    merged = place / MERGED
-    found = [merged] if merged.has_file(MANIFEST) else []
-    if found:
-        _check_merged(place, merged, report)
-    parent = manifest.parent
+    place, parent = reader.folder, reader.manifest.parent
+    found = []
+    try:
+        if reader.merged is not None:
+            found = [reader.merged.folder]
+    except EffxError as error:
+        report.find(str(error))
     if parent is None or (found and not (place.parent / parent.name).has_file(MANIFEST)):
         return found
     try:

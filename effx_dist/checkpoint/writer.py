@@ -43,10 +43,10 @@ from effx_dist.checkpoint.manifest import (
     ParentRecord,
     manifest_checksum,
     sha256_line,
+    stated_checksum,
     write_manifest,
 )
 from effx_dist.checkpoint.quantisers import Measured, measure
-from effx_dist.checkpoint.retention import stated_checksum
 from effx_dist.checkpoint.storage import Location, location
 from effx_dist.checkpoint.values import parse_value
 from effx_dist.config import ExcpConfig

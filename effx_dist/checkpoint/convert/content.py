@@ -10,7 +10,7 @@ import torch
 
 from effx_dist.checkpoint.manifest import TensorRecord
 from effx_dist.checkpoint.matching import MODEL, OPTIMIZER
-from effx_dist.checkpoint.pieces import OnProgress, raw_bytes_of, read_whole
+from effx_dist.checkpoint.pieces import OnProgress, read_whole
 from effx_dist.checkpoint.reader import ChainReader
 from effx_dist.checkpoint.training_state import RunValues, read_tree, run_values
 from effx_dist.errors import ConfigError
@@ -128,7 +128,7 @@ class Content:
 
     def num_bytes(self, stored: str) -> int:
         """Bytes of a stored tensor when it is decoded."""
-        return raw_bytes_of(self.manifest, stored)
+        return self.manifest.tensors[stored].raw_bytes
 
     def will_read(self, names: Iterator[str]) -> None:
         """Say beforehand what a conversion reads."""
