@@ -13,24 +13,28 @@ from pathlib import Path
 # cores would crowd each other out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# DeepSpeed compiles its operators here at their first use. Whoever finds a lock in that folder waits
-# for it without end, also for one that a killed run left behind.
+# DeepSpeed compiles its operators here at their first use.
 EXTENSIONS = Path(sys.prefix, "torch_extensions")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
-LONGEST_BUILD_S = 900
-for lock in EXTENSIONS.glob("*/lock"):
-    with contextlib.suppress(FileNotFoundError):
-        if time.time() - lock.stat().st_mtime > LONGEST_BUILD_S:
-            lock.unlink()
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+LONGEST_BUILD_S = 900
 torch.set_num_threads(1)
 
 settings.register_profile("effx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("effx")
+
+
+def pytest_sessionstart() -> None:
+    """Whoever finds a lock where operators are compiled waits for it without end, also for one that
+    a killed run left behind."""
+    for lock in EXTENSIONS.glob("*/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > LONGEST_BUILD_S:
+                lock.unlink()
 
 
 @pytest.fixture(scope="session")
