@@ -14,8 +14,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # DeepSpeed compiles its operators here at their first use.
-EXTENSIONS = Path(sys.prefix, "torch_extensions")
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ settings.load_profile("effx")
 def pytest_sessionstart() -> None:
     """Whoever finds a lock where operators are compiled waits for it without end, also for one that
     a killed run left behind."""
-    for lock in EXTENSIONS.glob("*/lock"):
+    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - lock.stat().st_mtime > LONGEST_BUILD_S:
                 lock.unlink()
