@@ -31,6 +31,9 @@ from effx_dist.config import ExcpConfig
 def say(*words):
     print(*words, flush=True)
 
+# a job in the background is started with it ignored, and so is what a test run there starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 folder, mode = sys.argv[1:3]
 model = torch.nn.Linear(4, 4)
 released = threading.Event()
