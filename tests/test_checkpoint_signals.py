@@ -231,10 +231,12 @@ class TestCtrlC:
         """It comes while the child still imports torch."""
         trainer = start(
             FREE
-            + "checkpointer = start()\ntry:\n    threading.Event().wait()\n"
+            + "checkpointer = start()\ntry:\n    say('in the loop')\n"
+            + "    while True:\n        threading.Event().wait(0.1)\n"
             + "except KeyboardInterrupt:\n    child = child_of(checkpointer)\n"
             + "    checkpointer.save(1, model)\n    assert child == child_of(checkpointer)\n"
         )
+        assert trainer.line() == "in the loop"
         trainer.signal(signal.SIGINT)
         assert trainer.line() == "waiting"
         assert trainer.end() == (0, "")
