@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from contextlib import closing
@@ -132,6 +133,8 @@ class ProcessExecutor(SaveExecutor):
         self._config = config
         self._rendezvous = rendezvous
         self._loaded: Loaded | None = None  # what a new child has to be told
+        self._is_abandoned = False
+        self._replacing = threading.Lock()  # no child is started once the last one was abandoned
         self._process, self._connection = self._start_process()
         self._worker = Worker("effx-save")
 
@@ -152,7 +155,9 @@ class ProcessExecutor(SaveExecutor):
         self._process.wait()
 
     def abandon(self) -> None:
-        self._process.kill()
+        with self._replacing:
+            self._is_abandoned = True
+            self._process.kill()
         self._worker.close()
         self._worker.join(ABANDON_S)
         self._connection.close()
@@ -195,14 +200,17 @@ class ProcessExecutor(SaveExecutor):
         return result
 
     def _ensure_process(self) -> None:
-        if self._process.poll() is None:
-            return
-        logger.warning(
-            "the saving process has ended (exit code %s); starting another, whose first save is a base",
-            self._process.returncode,
-        )
-        self._connection.close()
-        self._process, self._connection = self._start_process()
+        with self._replacing:
+            if self._process.poll() is None:
+                return
+            if self._is_abandoned:
+                raise _ProcessEnded
+            logger.warning(
+                "the saving process has ended (exit code %s); starting another, whose first save is a base",
+                self._process.returncode,
+            )
+            self._connection.close()
+            self._process, self._connection = self._start_process()
         if self._loaded is not None:
             self._ask("restart", self._loaded)
 
