@@ -9,16 +9,23 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch is imported, and for every process that a test starts: ranks that each take all the
-# cores would crowd each other out.
+import tests.bytecode  # noqa: F401  before torch is imported
+
+# Also for every process that a test starts: ranks that each take all the cores would crowd each
+# other out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # DeepSpeed compiles its operators here at their first use.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# By one and the same ninja: where another of the machine's had its turn, each compiles all anew.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests import ranks
 
 LONGEST_BUILD_S = 900
 torch.set_num_threads(1)
@@ -34,6 +41,13 @@ def pytest_sessionstart() -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - lock.stat().st_mtime > LONGEST_BUILD_S:
                 lock.unlink()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """DeepSpeed takes seconds to import: once for all ranks, and only where one of them needs it."""
+    if any(item.get_closest_marker("deepspeed") for item in session.items):
+        # ZeRO asks whether an optimiser is its Muon, which imports torch's compiler.
+        ranks.PRELOADED.extend(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)
+PRELOADED = [
+    *("tests.bytecode", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"),
+    *("effx_dist.checkpoint", "effx_dist.optim"),
+]
+"""Modules that every rank finds imported; what is added after the first `spawn` comes too late."""
 
 
 def spawn(world: int, body: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -25,9 +30,7 @@ def spawn(world: int, body: Callable[..., Any], folder: Path, *args: Any) -> lis
     """
     # One server imports torch and every rank is forked from it: a new interpreter per rank would
     # spend most of the test importing.
-    multiprocessing.set_forkserver_preload(
-        ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
-    )
+    multiprocessing.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
     mp.start_processes(
         _run_rank, (world, body, folder, args), nprocs=world, start_method="forkserver"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.executor import ProcessExecutor
 from effx_dist.errors import RankFailedError
+from tests.processes import has_ended, stop, wait_for_unread
 from tests.ranks import spawn
 from tests.runs import Run, committed, lossless
 
@@ -49,15 +49,10 @@ def test_a_killed_trainer_takes_its_saving_process_with_it(tmp_path: Path) -> No
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.wait()
     try:
-        ended = _wait_for_end(watched, timeout_s=30)
+        ended = has_ended(watched)
     finally:
         os.close(watched)
     assert ended, f"process {child} is still there"
-
-
-def _wait_for_end(watched: int, timeout_s: float) -> bool:
-    readable, _, _ = select.select([watched], [], [], timeout_s)
-    return bool(readable)
 
 
 def test_it_ends_also_while_it_is_busy(tmp_path: Path) -> None:
@@ -85,7 +80,7 @@ def test_it_ends_also_while_it_is_busy(tmp_path: Path) -> None:
             pytest.fail("the child ended before its parent")
         process.kill()
     try:
-        assert _wait_for_end(watched, timeout_s=30), f"process {child} is still there"
+        assert has_ended(watched), f"process {child} is still there"
     finally:
         os.close(watched)
 
@@ -110,17 +105,18 @@ class TestAKilledSavingProcess:
         assert kinds == ["base", "link", "base", "link"]
 
     def test_during_a_save_fails_that_save_alone(self, checkpointer: Checkpointer) -> None:
-        run, child = Run(), child_of(checkpointer)
-        os.kill(child, signal.SIGSTOP)
-        pending = checkpointer.async_save(5, run.model)
-        os.kill(child, signal.SIGKILL)
+        run = Run()
+        checkpointer.save(5, run.model)  # so that the child has read all that it was sent before
+        stop(child_of(checkpointer))
+        pending = checkpointer.async_save(6, run.model)
+        kill_when_asked(checkpointer)
         with pytest.raises(RankFailedError, match=r"rank 0: its saving process ended .*code -9"):
             pending.wait()
-        assert checkpointer.save(6, run.model).result.kind == "base"
+        assert checkpointer.save(7, run.model).result.kind == "base"
         assert verify_folder(checkpointer.folder).findings == []
 
     def test_an_error_brings_its_traceback_along(self, checkpointer: Checkpointer) -> None:
-        pending = checkpointer.async_save(6, Run().model)
+        pending = checkpointer.async_save(7, Run().model)
         with pytest.raises(RankFailedError, match="never overwritten") as caught:
             pending.wait()
         [note] = caught.value.__notes__
@@ -139,14 +135,24 @@ class TestAKilledSavingProcess:
         assert verify_folder(checkpointer.folder).findings == []
 
 
-def child_process(checkpointer: Checkpointer) -> subprocess.Popen[bytes]:
+def executor_of(checkpointer: Checkpointer) -> ProcessExecutor:
     executor = checkpointer._executor
     assert isinstance(executor, ProcessExecutor)
-    return executor._process
+    return executor
+
+
+def child_process(checkpointer: Checkpointer) -> subprocess.Popen[bytes]:
+    return executor_of(checkpointer)._process
 
 
 def child_of(checkpointer: Checkpointer) -> int:
     return child_process(checkpointer).pid
+
+
+def kill_when_asked(checkpointer: Checkpointer) -> None:
+    """The stopped child: killed earlier, it would be replaced before it is asked."""
+    wait_for_unread(executor_of(checkpointer)._connection.fileno())
+    child_process(checkpointer).kill()
 
 
 def _one_child_is_killed(folder: Path) -> tuple[str, list[str]]:
@@ -156,10 +162,10 @@ def _one_child_is_killed(folder: Path) -> tuple[str, list[str]]:
     with Checkpointer(folder, config, timeout=timedelta(hours=1)) as checkpointer:
         kinds = [checkpointer.save(1, run.model).result.kind]
         if dist.get_rank() == 1:
-            os.kill(child_of(checkpointer), signal.SIGSTOP)
+            stop(child_of(checkpointer))
         pending = checkpointer.async_save(2, run.model)
         if dist.get_rank() == 1:
-            os.kill(child_of(checkpointer), signal.SIGKILL)
+            kill_when_asked(checkpointer)
         with pytest.raises(RankFailedError) as caught:
             pending.wait()
         kinds += [checkpointer.save(step, run.model).result.kind for step in (3, 4)]
@@ -173,12 +179,13 @@ def test_one_of_two_children_is_killed(tmp_path: Path) -> None:
     assert spawn(2, _one_child_is_killed, tmp_path, tmp_path / "run") == [expected] * 2
 
 
-def _count() -> dict[str, int]:
-    """What must not grow with the number of saves, in this process."""
+def _count(pids: list[int]) -> dict[str, int]:
+    """What must not grow with the number of saves, in this process and what these share."""
+    shared = os.listdir("/dev/shm")
     return {
         "threads": threading.active_count(),
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "shared memory": len(os.listdir("/dev/shm")),
+        "shared memory": sum(f"_{pid}_" in name for name in shared for pid in pids),
     }
 
 
@@ -200,9 +207,9 @@ def test_many_saves_leave_nothing_behind(tmp_path: Path, mode: str, num_saves: i
                 checkpointer.wait()
                 gc.collect()
             if step == warm - 1:
-                before, child_files = _count(), _descriptors(pids[-1])
+                before, child_files = _count(pids), _descriptors(pids[-1])
                 resident = [_resident_bytes(pid) for pid in pids]
-        assert _count() == before
+        assert _count(pids) == before
         assert _descriptors(pids[-1]) == child_files
         growth = [_resident_bytes(pid) - old for pid, old in zip(pids, resident, strict=True)]
         assert max(growth) < 8 * 2**20 + 4096 * num_saves, growth

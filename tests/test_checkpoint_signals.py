@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.errors import ConfigError
+from tests.processes import is_gone, stop
 from tests.ranks import spawn
 from tests.runs import Run, committed, lossless
 
@@ -90,7 +90,7 @@ class Trainer:
     def line(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
-        assert line or self.process.poll() is None, self.process.communicate()[1]
+        assert line, self.process.communicate()[1]
         return line
 
     def write(self, line: str) -> None:
@@ -101,13 +101,7 @@ class Trainer:
     def hold(self) -> None:
         """Let no save go on (a thread holds itself)."""
         if self.child:
-            os.kill(self.child, signal.SIGSTOP)
-            while not self.child_is_stopped():  # each of its threads has to be told
-                os.sched_yield()
-
-    def child_is_stopped(self) -> bool:
-        states = Path(f"/proc/{self.child}/task").glob("*/stat")
-        return all(state.read_text().rpartition(")")[2].split()[0] == "T" for state in states)
+            stop(self.child)
 
     def tell(self) -> None:
         """Let the save go on."""
@@ -125,17 +119,6 @@ class Trainer:
         if self.child:
             assert is_gone(self.child)
         return self.process.returncode, errors
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process ends within half a minute."""
-    with contextlib.suppress(ProcessLookupError):
-        watched = os.pidfd_open(pid)
-        try:
-            return bool(select.select([watched], [], [], 30)[0])
-        finally:
-            os.close(watched)
-    return True
 
 
 @pytest.fixture(params=MODES)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from effx_dist.errors import RankFailedError
 from effx_dist.shard import Group, StoreGroup, TorchGroup, meet, run_ranks
 from tests.conformance import group as conformance
+from tests.processes import stop
 from tests.ranks import spawn
 
 T = TypeVar("T")
@@ -221,7 +222,7 @@ class TestServedStore:
             number = 1
             assert run_ranks(2, talk) == [[0, 1]] * 2
             number = 2
-            os.kill(process.pid, signal.SIGSTOP)
+            stop(process.pid)
             with pytest.raises(RankFailedError, match="rank 0: its store does not answer"):
                 run_ranks(2, talk)
             os.kill(process.pid, signal.SIGCONT)
