@@ -292,7 +292,7 @@ def test_leftovers_go_and_committed_steps_stay(place: Location) -> None:
     cut_off = (place / "step-5").staging("0123456789").name
     for name in ("step-2", cut_off, f"{REMOVING}0a", "notes", "superseded-0a-step-4"):
         (place / name).make()
-        (place / name).replace_file("data", b"1")
+        (place / name).replace_file(WEIGHTS, b"1")
     make_step(place, 3, at="superseded-0b-step-3")
     remove_leftovers(place)
     left = {"notes", "step-1", "superseded-0b-step-3"}

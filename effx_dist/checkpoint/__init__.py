@@ -8,9 +8,10 @@ difference against).
 from effx_dist.checkpoint.chain import Chain
 from effx_dist.checkpoint.checkpointer import Checkpointer
 from effx_dist.checkpoint.dcp_reader import ExcpReader
-from effx_dist.checkpoint.fragment import ExcpLoadPlanner, ExcpSavePlanner, Fragment
+from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.inspect import StepSummary, inspect_folder
 from effx_dist.checkpoint.pending import PendingSave
+from effx_dist.checkpoint.planners import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.verify import VerifyReport, verify_folder
 from effx_dist.checkpoint.writer import ExcpWriter
 

@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 
+from effx_dist.checkpoint.commit import SaveFacts
 from effx_dist.checkpoint.dcp_reader import ExcpReader
 from effx_dist.checkpoint.executor import make_executor
 from effx_dist.checkpoint.folder import (
+    StepPrefix,
     committed_steps,
     newest_step,
-    require_committed,
+    step_folder,
     step_name,
 )
+from effx_dist.checkpoint.live import LiveState, live_state
 from effx_dist.checkpoint.matching import LoadReport, NameMap, warn_of_left_alone
 from effx_dist.checkpoint.pending import PendingSave
 from effx_dist.checkpoint.restore import Wanted, restore
@@ -29,9 +32,10 @@ from effx_dist.checkpoint.seeded import start_chain
 from effx_dist.checkpoint.sigterm import SigtermMemory
 from effx_dist.checkpoint.staging import Staging
 from effx_dist.checkpoint.storage import location
+from effx_dist.checkpoint.tags import checked_tag, folder_of_tag
 from effx_dist.checkpoint.training_state import Stateful, TrainingState, collect
 from effx_dist.config import ExcpConfig
-from effx_dist.errors import CheckpointNotFoundError, ConfigError
+from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from effx_dist.shard import Group, SoloGroup, meet, separate_group
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,8 @@ class Checkpointer:
             group made here that nothing else uses, saves talk through a store that rank 0's process
             serves (collective: make the Checkpointer on every rank).
         timeout: how long a rank waits for another in a save before the save fails.
+        step_prefix: begins the names of new checkpoints' folders: "step-", or "global_step" as under
+            DeepSpeed. Either is found, and a run may go on with the other.
 
     A failed save is logged, commits nothing and leaves the previous checkpoint as it was; training
     may go on. A rank that does not come, dies, or loses touch is named on all ranks, within
@@ -72,8 +78,11 @@ class Checkpointer:
         *,
         group: Group | None = None,
         timeout: timedelta = timedelta(minutes=10),
+        step_prefix: StepPrefix = "step-",
     ) -> None:
+        step_name(0, step_prefix)  # refuses another one
         self.folder = location(folder)
+        self._step_prefix: StepPrefix = step_prefix
         self.config = config if config is not None and config.enabled else PLAIN
         self.num_skipped = 0
         self.last_load: LoadReport | None = None
@@ -94,7 +103,7 @@ class Checkpointer:
         self._sigterm = SigtermMemory() if self.config.save_on_sigterm else None
         _open.add(self)
 
-    def begin(self, model: torch.nn.Module) -> None:
+    def begin(self, model: torch.nn.Module | LiveState) -> None:
         """With ``seeded_base``: take the weights of ``model``, as they were just initialised, as
         the base of the run's chain; only their hashes are stored. Without it, nothing is done.
 
@@ -109,18 +118,20 @@ class Checkpointer:
                 f"{self.folder}: holds checkpoints already; load one, or begin in another folder"
             )
         state = self._control.everywhere(
-            lambda: collect(model, None, {}, {}, self._control.rank), keep_own_error=True
+            lambda: collect(live_state(model), {}, {}, self._control.rank), keep_own_error=True
         )
         self._executor.restart(start_chain(self.folder, state.leaves, self._control))
 
     def async_save(
         self,
         step: int,
-        model: torch.nn.Module,
+        model: torch.nn.Module | LiveState,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         stateful: Mapping[str, Stateful] | None = None,
         extra: Mapping[str, Any] | None = None,
+        tag: str | None = None,
+        moves_latest: bool = True,
     ) -> PendingSave:
         """Copy the state to host memory and save it in the background. Call on every rank, at the
         same step.
@@ -128,12 +139,16 @@ class Checkpointer:
         Args:
             step: optimizer steps taken; names the checkpoint. An existing committed step is
                 refused.
-            model: plain, DDP or FSDP2. Buffers are saved too.
+            model: plain, DDP or FSDP2, or an engine's LiveState, optimizer included. Buffers are
+                saved too.
             optimizer: any torch optimizer; exp_avg and exp_avg_sq beside a weight are compressed
                 with it.
             stateful: samplers, schedulers and the like, by name. Their ``state_dict()`` is called
                 here and may communicate.
             extra: JSON-like values and tensors by name, equal on all ranks (rank 0's are kept).
+            tag: a name to load it by, such as "best", which moves here from another step once this
+                one is committed. Steps that have one are kept.
+            moves_latest: let ``latest`` name this checkpoint then, by its tag if it has one.
 
         Returns after the copy. An earlier save still in flight is waited for, or (policy "skip")
         this one is left out; that choice is made by all ranks together, in one small gather. Nothing
@@ -142,7 +157,10 @@ class Checkpointer:
         """
         if self._closed:
             raise ConfigError("this Checkpointer is closed; make a new one to save again")
-        step_name(step)  # refuses a negative step before anything is copied
+        name = step_name(step, self._step_prefix)  # refused before anything is copied
+        if tag is not None:
+            checked_tag(tag)
+        live = live_state(model, optimizer)
         started = time.perf_counter()
         if self._must_skip():
             self.num_skipped += 1
@@ -151,28 +169,25 @@ class Checkpointer:
         self._settle_pending()
         self._num_saves += 1  # on every rank, however this call ends: saves find each other by it
         try:
-            state = self._collect(model, optimizer, stateful or {}, extra or {})
+            state = self._collect(live, stateful or {}, extra or {})
             staged = self._staging.copy(state.leaves)
         except BaseException as error:  # no memory, Ctrl-C: the other ranks save already
             self._executor.give_up(self._num_saves, error)
             raise
-        job = SaveJob(step, staged, state.values, state.aliases)
+        facts = SaveFacts(step, state.values, state.aliases, tag, moves_latest)
+        job = SaveJob(staged, facts, name)
         future = self._executor.submit(job, self._num_saves)
         self._pending = PendingSave(step, future, time.perf_counter() - started)
         return self._pending
 
     def _collect(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        stateful: Mapping[str, Stateful],
-        extra: Mapping[str, Any],
+        self, live: LiveState, stateful: Mapping[str, Stateful], extra: Mapping[str, Any]
     ) -> TrainingState:
         """What there is to save. The ranks wait for each other here only where a group was given,
         which has no other way to tell that one of them does not come."""
 
         def found() -> TrainingState:
-            return collect(model, optimizer, stateful, extra, self._control.rank)
+            return collect(live, stateful, extra, self._control.rank)
 
         if self._is_group_given:
             return self._control.everywhere(found, keep_own_error=True)
@@ -181,27 +196,39 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        model: torch.nn.Module,
+        model: torch.nn.Module | LiveState,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         stateful: Mapping[str, Stateful] | None = None,
         extra: Mapping[str, Any] | None = None,
+        tag: str | None = None,
+        moves_latest: bool = True,
     ) -> PendingSave:
         """:meth:`async_save`, then wait for the commit."""
-        return self.async_save(step, model, optimizer, stateful=stateful, extra=extra).wait()
+        pending = self.async_save(
+            step,
+            model,
+            optimizer,
+            stateful=stateful,
+            extra=extra,
+            tag=tag,
+            moves_latest=moves_latest,
+        )
+        return pending.wait()
 
     def load(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | LiveState,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         stateful: Mapping[str, Stateful] | None = None,
         step: int | None = None,
+        tag: str | None = None,
         strict: bool = True,
         mapping: NameMap | None = None,
     ) -> dict[str, Any]:
-        """Fill live objects in place from the newest committed checkpoint, or that of ``step``.
-        Call on every rank.
+        """Fill live objects in place from the newest committed checkpoint, or that of ``step`` or
+        ``tag``. Call on every rank.
 
         The world size and the layout may differ from those that saved. Every block read is
         verified. Later saves are differences to what was loaded under its own name; newer
@@ -210,7 +237,7 @@ class Checkpointer:
         Args:
             model, optimizer, stateful: as in :meth:`async_save`. What is not handed over is not
                 read: without an optimizer, only the weights and ``extra`` are.
-            step: None: the newest.
+            step, tag: which checkpoint; neither: the newest.
             strict: refuse tensors that only the checkpoint or only the live objects have. False:
                 live ones keep their values, the checkpoint's are left out, and so are the options
                 of parameter groups if their number differs; a warning names the tensors and
@@ -231,19 +258,19 @@ class Checkpointer:
                 RankFailedError if another could not load.
         """
         self._settle_pending()
-        chosen = self._choose(step)
-        reader = ExcpReader(self.folder / step_name(chosen))
+        live = live_state(model, optimizer)
+        reader = ExcpReader(self.folder / self._choose(step, tag))
         try:
             self._control.everywhere(lambda: reader.chain, keep_own_error=True)
             keeps_references = self.config.base_every > 1
-            wanted = Wanted(model, optimizer, stateful or {}, strict, mapping, keeps_references)
+            wanted = Wanted(live, stateful or {}, strict, mapping, keeps_references)
             extra, loaded, self.last_load = restore(reader, wanted, self._control)
         finally:
             reader.close()
         if self._control.rank == 0:
             warn_of_left_alone(self.last_load)
-        self._executor.restart(replace(loaded, is_newest=step is None))
-        return {**extra, "step": chosen}
+        self._executor.restart(replace(loaded, is_newest=step is None and tag is None))
+        return {**extra, "step": loaded.step}
 
     def newest(self) -> int | None:
         """Step of the newest committed checkpoint as rank 0 sees it, or None. One small gather."""
@@ -327,19 +354,27 @@ class Checkpointer:
                 )
         self._pending = None
 
-    def _choose(self, step: int | None) -> int:
-        """Rank 0 looks, so that all ranks choose the same or raise the same."""
-        found: int | str | None = None
+    def _choose(self, step: int | None, tag: str | None) -> str:
+        """Name of the checkpoint's folder. Rank 0 looks, so that all ranks choose the same or raise
+        the same."""
+        if step is not None and tag is not None:
+            raise ConfigError(
+                f"{step=}, {tag=}: two names for one checkpoint; leave one of them out"
+            )
+        found: str | None = None
+        problem = ""
         if self._control.rank == 0:
             try:
-                found = newest_step(self.folder)
-                if step is not None:
-                    found = require_committed(self.folder, step)
-            except CheckpointNotFoundError as error:
-                found = str(error)
-        found = self._control.broadcast_object(found)
-        if not isinstance(found, int):
-            raise CheckpointNotFoundError(found)
+                if tag is not None:
+                    found = folder_of_tag(self.folder, tag).name
+                else:
+                    newest = newest_step(self.folder)
+                    found = step_folder(self.folder, newest if step is None else step).name
+            except (CheckpointNotFoundError, CorruptCheckpointError) as error:
+                problem = str(error)
+        found, problem = self._control.broadcast_object((found, problem))
+        if found is None:
+            raise CheckpointNotFoundError(problem)
         return found
 
 

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from effx_dist import __version__
 from effx_dist.checkpoint.chain import Chain, Key
-from effx_dist.checkpoint.fragment import facts_of_plans
 from effx_dist.checkpoint.joints import Joint, TensorFacts, find_joints, is_chained
 from effx_dist.checkpoint.manifest import (
     ChunkRecord,
@@ -33,6 +32,7 @@ from effx_dist.checkpoint.manifest import (
     TensorRecord,
     manifest_to_bytes,
 )
+from effx_dist.checkpoint.planners import facts_of_plans
 from effx_dist.checkpoint.quantisers import JointSpec, Measured
 from effx_dist.config import ExcpConfig
 
@@ -167,6 +167,8 @@ class SaveFacts:
     step: int
     extra: Any = None
     aliases: Mapping[str, str] | None = None
+    tag: str | None = None
+    moves_latest: bool = True
 
 
 def build_manifest(

@@ -22,8 +22,7 @@ from effx_dist.checkpoint.folder import (
     MERGED,
     newest_step,
     remove_uncommitted,
-    require_committed,
-    step_name,
+    step_folder,
 )
 from effx_dist.checkpoint.manifest import (
     ChunkRecord,
@@ -61,8 +60,8 @@ def compact(
     and OSError: then nothing has changed.
     """
     place = location(folder)
-    step = newest_step(place) if step is None else require_committed(place, step)
-    own = place / step_name(step)
+    step = newest_step(place) if step is None else step
+    own = step_folder(place, step)
     with ChainReader(own) as chain:
         names = _differences(chain.top.manifest)
         if not names or chain.top.merged is not None:

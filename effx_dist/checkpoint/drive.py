@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from effx_dist.checkpoint.dcp_reader import ExcpReader
-from effx_dist.checkpoint.fragment import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.manifest import Manifest
+from effx_dist.checkpoint.planners import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.writer import ExcpWriter
 from effx_dist.shard import Group
 

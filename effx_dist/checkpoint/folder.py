@@ -1,6 +1,7 @@
 """Names inside a checkpoint folder: ``step-N/`` with its manifest and rank files, and ``latest``.
 
-A checkpoint exists when ``step-N/manifest.json`` exists. ``latest`` is a convenience for people and
+A checkpoint exists when ``step-N/manifest.json`` exists, or ``global_stepN/manifest.json``: a step's
+folder has one of the two names, and one run's may be mixed. ``latest`` is a convenience for people and
 scripts; what is newest is decided by the manifests, so a crash between the two renames changes
 nothing. A step that is kept only because later ones are differences to it may have let go of its
 moments; the file ``moments-removed`` then says so.
@@ -8,9 +9,12 @@ moments; the file ``moments-removed`` then says so.
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
+from typing import Literal, get_args
 
+from effx_dist.checkpoint.local_folder import STAGED
 from effx_dist.checkpoint.storage import WRITING, Folder, Location, location
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 
@@ -19,6 +23,8 @@ MANIFEST_SHA256 = "manifest.json.sha256"
 LATEST = "latest"
 MOMENTS_REMOVED = "moments-removed"
 PINNED = "pinned"
+TAG = "tag.json"
+"""In a folder that is named like a tag: which step the tag stands for."""
 MERGED = "merged"
 """Inside a step: its weights once more as a base, made from the chain below it, which then may go."""
 _WRITING_NAME = re.compile(WRITING + r"[0-9a-f]{8}-(.+)")
@@ -26,21 +32,28 @@ REMOVING = "removing-"
 """Begins the name of a folder on its way out."""
 SUPERSEDED = "superseded-"
 """Begins the name of a checkpoint set aside because the run went back to an older one."""
-_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+StepPrefix = Literal["step-", "global_step"]
+"""Begins the name of a step's folder: this library's own, and DeepSpeed's."""
+STEP_PREFIXES: tuple[StepPrefix, ...] = get_args(StepPrefix)
+_STEP_NAME = re.compile(rf"(?:{'|'.join(STEP_PREFIXES)})(0|[1-9][0-9]{{0,17}})")
 _SIBLING = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _RANK_FILE = re.compile(r"rank-[0-9]{5}(\.moments)?\.effx")
+_OWN_FILES = frozenset({MANIFEST, MANIFEST_SHA256, MOMENTS_REMOVED, PINNED})
+_MAX_TAG_BYTES = 4096
 _MOMENTS = ".moments.effx"
 
 
-def step_name(step: int) -> str:
-    """Folder name of the checkpoint of ``step``."""
+def step_name(step: int, prefix: StepPrefix = "step-") -> str:
+    """Folder name of a new checkpoint of ``step``. Raises ConfigError for what is no step or prefix."""
     if step < 0:
         raise ConfigError(f"{step=}: must be >= 0, the number of optimizer steps taken")
-    return f"step-{step}"
+    if prefix not in STEP_PREFIXES:
+        raise ConfigError(f"step_prefix={prefix!r}: must be one of {list(STEP_PREFIXES)}")
+    return f"{prefix}{step}"
 
 
 def step_of(name: str) -> int | None:
-    """The step of a folder name, or None where it is not one."""
+    """The step of a folder's name, either of the two, or None where it is not one."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -81,19 +94,84 @@ def checked_rank_file_name(name: str, where: str) -> str:
     return name
 
 
+def committed_folders(folder: Folder) -> dict[int, Location]:
+    """The folders of all committed checkpoints by step, oldest first; none where there is no
+    folder."""
+    place = location(folder)
+    names = {name for name in place.folders() if step_of(name) is not None}
+    names |= _named_by_latest(place)  # a store's listing may not show yet what was just written
+    steps = {step_of(name): place / name for name in sorted(names) if _is_committed(place / name)}
+    return {step: steps[step] for step in sorted(step for step in steps if step is not None)}
+
+
 def committed_steps(folder: Folder) -> list[int]:
     """Steps of all committed checkpoints, oldest first; none where there is no folder."""
+    return list(committed_folders(folder))
+
+
+def step_folder(folder: Folder, step: int) -> Location:
+    """The folder of a step's committed checkpoint, whichever of its names it has. Raises
+    CheckpointNotFoundError naming the steps there are."""
     place = location(folder)
-    steps = _step_folders(place)
-    if (named := _named_by_latest(place)) is not None:
-        steps.add(named)  # a store's listing may not show yet what was just written
-    return sorted(step for step in steps if _is_committed(place, step))
+    found = [place / step_name(step, prefix) for prefix in STEP_PREFIXES if step >= 0]
+    committed = [own for own in found if _is_committed(own)]
+    if committed:
+        return committed[0]
+    raise CheckpointNotFoundError(
+        f"{folder}: step {step} is not a committed checkpoint; there are "
+        f"{committed_steps(place) or 'none'}"
+    )
+
+
+def uncommitted_folders(folder: Folder) -> list[Location]:
+    """Folders of steps without a manifest. Those that hold somebody else's files are none:
+    DeepSpeed gives its own checkpoints the same names."""
+    place = location(folder)
+    found = [place / name for name in place.folders() if step_of(name) is not None]
+    return [own for own in found if not _is_committed(own) and not holds_foreign_files(own)]
 
 
 def uncommitted_steps(folder: Folder) -> list[int]:
     """Steps with a folder but without a manifest."""
-    place = location(folder)
-    return sorted(step for step in _step_folders(place) if not _is_committed(place, step))
+    return sorted(
+        {step for own in uncommitted_folders(folder) if (step := step_of(own.name)) is not None}
+    )
+
+
+def holds_foreign_files(step: Location) -> bool:
+    """Whether a step's folder holds files that no save here writes."""
+    return not all(_is_own_file(name) for name in step.files())
+
+
+def refuse_foreign_files(step: Location) -> None:
+    """Raise ConfigError where a checkpoint cannot be put in a folder without removing them."""
+    if holds_foreign_files(step):
+        raise ConfigError(
+            f"{step}: holds files that this library does not write, such as DeepSpeed's own checkpoint "
+            "of that step, which stays; save another step, or to another folder"
+        )
+
+
+def _is_own_file(name: str) -> bool:
+    is_whole = name in _OWN_FILES or _RANK_FILE.fullmatch(name) is not None
+    return is_whole or name.endswith(STAGED)
+
+
+def tagged_step(folder: Folder, tag: str) -> int | None:
+    """The step that a tag stands for, committed or not; None where there is no such tag. Raises
+    CorruptCheckpointError for one that names none."""
+    place = location(folder) / checked_sibling_name(tag, f"{folder}: tag")
+    if not place.has_file(TAG):
+        return None
+    try:
+        step = json.loads(place.read_file(TAG, _MAX_TAG_BYTES))["step"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        step = None
+    if type(step) is not int or step < 0:
+        raise CorruptCheckpointError(
+            f"{place / TAG}: does not name a step; save under this tag again"
+        )
+    return step
 
 
 def unfinished_steps(folder: Folder) -> list[int]:
@@ -101,44 +179,39 @@ def unfinished_steps(folder: Folder) -> list[int]:
     place = location(folder)
     writing = (_WRITING_NAME.fullmatch(name) for name in place.folders())
     named = {step for match in writing if match and (step := step_of(match[1])) is not None}
-    steps = {step for step in named if not _is_committed(place, step)}
-    return sorted(steps.union(uncommitted_steps(place)))
+    return sorted(named.union(uncommitted_steps(place)) - committed_folders(place).keys())
 
 
 def newest_step(folder: Folder) -> int:
     """Step of the newest committed checkpoint that holds all of a run's state. Raises
     CheckpointNotFoundError where there is none."""
     place = location(folder)
-    for step in reversed(committed_steps(place)):
-        if not (place / step_name(step)).has_file(MOMENTS_REMOVED):
+    for step, own in reversed(committed_folders(place).items()):
+        if not own.has_file(MOMENTS_REMOVED):
             return step
     raise CheckpointNotFoundError(f"{folder}: holds no committed checkpoint (step-N/{MANIFEST})")
 
 
 def require_committed(folder: Folder, step: int) -> int:
     """``step`` itself; raises CheckpointNotFoundError naming the steps there are."""
-    steps = committed_steps(folder)
-    if step not in steps:
-        raise CheckpointNotFoundError(
-            f"{folder}: step {step} is not a committed checkpoint; there are {steps or 'none'}"
-        )
+    step_folder(folder, step)
     return step
 
 
-def _step_folders(place: Location) -> set[int]:
-    return {step for name in place.folders() if (step := step_of(name)) is not None}
-
-
-def _named_by_latest(place: Location) -> int | None:
+def _named_by_latest(place: Location) -> set[str]:
+    """Names that the step's folder may have."""
     try:
-        return step_of(place.read_file(LATEST, 64).decode("ascii", "replace").strip())
+        name = place.read_file(LATEST, 256).decode("ascii", "replace").strip()
+        if step_of(name) is not None:
+            return {name}
+        step = tagged_step(place, name)
     except (OSError, CorruptCheckpointError):
-        return None
+        return set()
+    return set() if step is None else {step_name(step, prefix) for prefix in STEP_PREFIXES}
 
 
-def _is_committed(place: Location, step: int) -> bool:
-    folder = place / step_name(step)
-    return folder.has_file(MANIFEST) and not folder.is_link()
+def _is_committed(step: Location) -> bool:
+    return step.has_file(MANIFEST) and not step.is_link()
 
 
 def claim_step_folder(folder: Location) -> None:
@@ -147,11 +220,15 @@ def claim_step_folder(folder: Location) -> None:
 
     Raises ConfigError where a committed checkpoint already stands there.
     """
-    if folder.has_file(MANIFEST):
-        raise ConfigError(
-            f"{folder}: holds a committed checkpoint, which is never overwritten; save under another step, "
-            "or remove it first if nothing needs it"
-        )
+    step = step_of(folder.name)
+    names = {folder.name} if step is None else {step_name(step, p) for p in STEP_PREFIXES}
+    for other in (folder.parent / name for name in sorted(names)):
+        if other.has_file(MANIFEST):
+            raise ConfigError(
+                f"{other}: holds a committed checkpoint, which is never overwritten; save under another "
+                "step, or remove it first if nothing needs it"
+            )
+    refuse_foreign_files(folder)
     remove_uncommitted(folder)
     for name in folder.parent.folders():
         if (match := _WRITING_NAME.fullmatch(name)) and match[1] == folder.name:
@@ -191,7 +268,7 @@ def remove_uncommitted(folder: Location) -> None:
 def remove_step(folder: Folder, step: int) -> None:
     """Remove one checkpoint so that a crash in between leaves no half checkpoint that looks whole:
     it is moved away first, or else its manifest goes first."""
-    path = location(folder) / step_name(step)
+    path = step_folder(folder, step)
     if path.has_rename:
         away = _way_out(path)
         path.move(away, MANIFEST)

@@ -1,43 +1,21 @@
-"""Pieces of whole tensors as torch.distributed.checkpoint sees them, and planners that handle them.
+"""Pieces of whole tensors as torch.distributed.checkpoint sees them.
 
 A fragment implements the checkpointable protocol of torch.distributed.checkpoint, so its planners
-reshard between any two layouts. The planners here carry non-tensors as JSON: the stock ones
-``torch.save`` them and read them back with ``weights_only=False``, which runs whatever code a
-hostile file names.
+reshard between any two layouts.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
 import math
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch.distributed.checkpoint import (
-    ChunkStorageMetadata,
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    Metadata,
-    SavePlan,
-    WriteItem,
-)
+from torch.distributed.checkpoint import ChunkStorageMetadata, WriteItem
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import (
-    ReadItem,
-    TensorWriteData,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 
-from effx_dist.checkpoint.joints import TensorFacts, find_joints
-from effx_dist.checkpoint.tree import tree_from_json, tree_to_json
+from effx_dist.checkpoint.joints import TensorFacts
 from effx_dist.shard import Box, LocalRows, local_of, pieces_of_tensor, whole_box
-
-Place = tuple[str, tuple[int, ...]]
-"""A joint's weight (or a tensor of no joint), and a box's offsets."""
 
 
 class Fragment:
@@ -60,8 +38,11 @@ class Fragment:
         self.parts = list(parts)
 
     @classmethod
-    def of(cls, name: str, value: torch.Tensor | LocalRows) -> Fragment:
-        """Describe a plain tensor, a DTensor or local rows; the parts share its memory."""
+    def of(cls, name: str, value: torch.Tensor | LocalRows | Fragment) -> Fragment:
+        """Describe a plain tensor, a DTensor or local rows; the parts share its memory. A fragment
+        is its own description."""
+        if isinstance(value, Fragment):
+            return value
         if isinstance(value, LocalRows):
             is_held = value.local.numel() or not math.prod(value.global_shape)
             parts = [(value.box, value.local)] if is_held else []
@@ -107,115 +88,3 @@ class Fragment:
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
-
-
-def colocate_joints(plans: Sequence[SavePlan]) -> list[SavePlan]:
-    """Let one rank write each piece that several hold, and the pieces of a weight and its moments
-    together.
-
-    Which one depends on the weight's name alone, so that the rank that has the reference of a
-    replicated weight writes it again next time, whatever else is saved. Returns new plans; no
-    communication is performed.
-    """
-    joint_of = _joint_names(plans)
-    holders: dict[Place, list[int]] = {}
-    for rank, plan in enumerate(plans):
-        for place in {_place(item, joint_of) for item in plan.items}:
-            holders.setdefault(place, []).append(rank)
-    return [
-        dataclasses.replace(
-            plan,
-            items=[i for i in plan.items if _writer_of(_place(i, joint_of), holders) == rank],
-        )
-        for rank, plan in enumerate(plans)
-    ]
-
-
-def _writer_of(place: Place, holders: Mapping[Place, Sequence[int]]) -> int:
-    ranks = holders[place]
-    return ranks[zlib.crc32(place[0].encode()) % len(ranks)]
-
-
-def _joint_names(plans: Sequence[SavePlan]) -> dict[str, str]:
-    """Name of the joint's weight for every tensor in a joint."""
-    joints = find_joints(facts_of_plans(plans))
-    return {name: joint.weight for joint in joints for name in joint.names}
-
-
-def _place(item: WriteItem, joint_of: Mapping[str, str]) -> Place:
-    fqn = item.index.fqn
-    return joint_of.get(fqn, fqn), tuple(item.index.offset or ())
-
-
-def facts_of_plans(plans: Sequence[SavePlan]) -> dict[str, TensorFacts]:
-    """dtype and shape of every whole tensor that any rank's plan names."""
-    return {
-        item.index.fqn: TensorFacts(item.tensor_data.properties.dtype, tuple(item.tensor_data.size))
-        for plan in plans
-        for item in plan.items
-        if item.tensor_data is not None
-    }
-
-
-class ExcpSavePlanner(DefaultSavePlanner):
-    """Plans fragments beside tensors and DTensors; writes non-tensors as JSON and refuses what is
-    not JSON."""
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return super().create_global_plan(colocate_joints(all_plans))
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        if isinstance(found, Fragment):
-            return found.__get_tensor_shard__(index)
-        return super().lookup_object(index)
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        if write_item.type != WriteItemType.BYTE_IO:
-            return object
-        value = tree_to_json(object, write_item.index.fqn, {})
-        return io.BytesIO(json.dumps(value, allow_nan=False).encode())
-
-
-class ExcpLoadPlanner(DefaultLoadPlanner):
-    """Fills fragments, tensors and DTensors in place; reads non-tensors as JSON, never as
-    pickles."""
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        # The stock planner maps objects it does not know to None; fragments are handed to it one by one instead.
-        fragments = {name: v for name, v in state_dict.items() if isinstance(v, Fragment)}
-        rest = {name: v for name, v in state_dict.items() if name not in fragments}
-        super().set_up_planner(rest, metadata, is_coordinator)
-        self.original_state_dict = state_dict
-        self.state_dict = {**self.state_dict, **fragments}
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        found = self.state_dict[index.fqn]
-        if isinstance(found, Fragment):
-            return found.__get_tensor_shard__(index)
-        return super().lookup_tensor(index)
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        fqn = read_item.dest_index.fqn
-        try:
-            loaded = tree_from_json(json.loads(value.getvalue()), _no_tensor)
-        except ValueError as error:
-            raise TypeError(
-                f"{fqn}: is no JSON but the bytes of another planner, which this one never "
-                "unpickles; load it with the planner that wrote it, or leave it out of the state dict"
-            ) from error
-        if self.flatten_state_dict:
-            from torch.distributed.checkpoint._nested_dict import set_element
-
-            set_element(self.original_state_dict, self.mappings[fqn], loaded)
-        else:
-            self.original_state_dict[fqn] = loaded
-
-
-def _no_tensor(path: str) -> torch.Tensor:
-    raise ValueError(f"{path}: a JSON value of a state dict cannot hold a tensor")

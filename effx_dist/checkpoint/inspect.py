@@ -9,12 +9,12 @@ from effx_dist.checkpoint.folder import (
     MERGED,
     MOMENTS_REMOVED,
     PINNED,
-    committed_steps,
-    step_name,
+    committed_folders,
     unfinished_steps,
 )
 from effx_dist.checkpoint.reader import read_manifest
 from effx_dist.checkpoint.storage import Folder, Location, location
+from effx_dist.checkpoint.tags import tags_of
 from effx_dist.errors import CheckpointNotFoundError
 
 
@@ -24,6 +24,10 @@ class StepSummary:
     where uncommitted."""
 
     step: int
+    name: str = ""
+    """Of its folder."""
+    tags: tuple[str, ...] = ()
+    """What the run calls it besides."""
     kind: str = ""
     parent: str | None = None
     base: str | None = None
@@ -53,7 +57,13 @@ def inspect_folder(folder: Folder) -> list[StepSummary]:
     manifest.
     """
     path = existing_folder(folder)
-    committed = _with_bases([_summary(path / step_name(s)) for s in committed_steps(path)])
+    tags = tags_of(path)
+    committed = _with_bases(
+        [
+            _summary(own, tuple(tag for tag, tagged in tags.items() if tagged == step))
+            for step, own in committed_folders(path).items()
+        ]
+    )
     cut_off = [StepSummary(step) for step in unfinished_steps(path)]
     return sorted(committed + cut_off, key=lambda summary: summary.step)
 
@@ -63,18 +73,20 @@ def _with_bases(steps: list[StepSummary]) -> list[StepSummary]:
     base_of: dict[str | None, str | None] = {}
     found = []
     for summary in steps:
-        name = step_name(summary.step)
+        name = summary.name
         is_base = summary.kind == "base" or summary.merged
         base_of[name] = name if is_base else base_of.get(summary.parent)
         found.append(replace(summary, base=base_of[name]))
     return found
 
 
-def _summary(place: Location) -> StepSummary:
+def _summary(place: Location, tags: tuple[str, ...]) -> StepSummary:
     manifest, _ = read_manifest(place)
     figures = manifest.figures
     return StepSummary(
         step=manifest.step,
+        name=place.name,
+        tags=tags,
         kind=manifest.kind,
         parent=None if manifest.parent is None else manifest.parent.name,
         profile=manifest.profile,
@@ -97,6 +109,6 @@ def _summary(place: Location) -> StepSummary:
 def existing_folder(folder: Folder) -> Location:
     """The folder of checkpoints; raises CheckpointNotFoundError where there is none."""
     path = location(folder)
-    if not path.is_folder(follow_link=True) and not committed_steps(path):
+    if not path.is_folder(follow_link=True) and not committed_folders(path):
         raise CheckpointNotFoundError(f"{path}: is not a folder")
     return path

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.manifest import Manifest
@@ -26,19 +27,21 @@ Mapping leaves names that it does not hold as they are."""
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What the last load left alone. Names as in ``Checkpointer``'s manifests: ``model.<parameter>``
-    and ``optimizer.<parameter>.<key>``.
+    """What the last load left alone, and what came with it. Names as in ``Checkpointer``'s manifests:
+    ``model.<parameter>`` and ``optimizer.<parameter>.<key>``.
 
     Attributes:
         step: the checkpoint's.
         missing: live tensors that the checkpoint lacks; they kept their values.
         unexpected: the checkpoint's tensors of the model (and of the optimizer, if one was handed
             over) that nothing live asked for.
+        extra: what the save was given as ``extra``.
     """
 
     step: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def warn_of_left_alone(report: LoadReport) -> None:

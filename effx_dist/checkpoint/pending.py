@@ -86,3 +86,8 @@ class PendingSave:
     def write_s(self) -> float:
         """Seconds from the start of encoding to the commit, on this rank. Waits for the save."""
         return self.result.write_s
+
+    def metrics(self) -> dict[str, float]:
+        """Sizes, times and error by their names in logs. Waits for the save."""
+        names = ("raw_bytes", "stored_bytes", "ratio", "run_ratio", "blocked_s", "write_s", "error")
+        return {f"effx/checkpoint/{name}": float(getattr(self, name)) for name in names}

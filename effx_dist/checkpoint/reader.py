@@ -16,8 +16,7 @@ from effx_dist.checkpoint.folder import (
     MANIFEST_SHA256,
     MERGED,
     newest_step,
-    require_committed,
-    step_name,
+    step_folder,
 )
 from effx_dist.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
@@ -293,7 +292,7 @@ def open_checkpoint(path: Folder, step: int | None = None) -> ChainReader:
     folder of them. Raises as :class:`StepReader` does, and CheckpointNotFoundError."""
     folder = location(path)
     if step is not None:
-        folder = folder / step_name(require_committed(folder, step))
+        folder = step_folder(folder, step)
     elif not folder.has_file(MANIFEST):
-        folder = folder / step_name(newest_step(folder))
+        folder = step_folder(folder, newest_step(folder))
     return ChainReader(folder)

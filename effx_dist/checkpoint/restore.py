@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from effx_dist.checkpoint.dcp_reader import ExcpReader
 from effx_dist.checkpoint.drive import drive_load
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.joints import is_chained
+from effx_dist.checkpoint.live import LiveState
 from effx_dist.checkpoint.manifest import Manifest, ParentRecord, short
 from effx_dist.checkpoint.matching import LoadReport, NameMap
 from effx_dist.checkpoint.random_state import set_random_state
@@ -24,9 +24,7 @@ from effx_dist.checkpoint.training_state import (
     chained_references,
     empty_for,
     extra_leaves,
-    install_optimizer_state,
     read_tree,
-    restore_group_options,
     run_values,
     targets_of,
 )
@@ -45,8 +43,7 @@ class Wanted:
         keeps_references: copy what was loaded, for the next save to be a difference against.
     """
 
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
+    live: LiveState
     stateful: Mapping[str, Stateful]
     strict: bool = True
     mapping: NameMap | None = None
@@ -65,13 +62,13 @@ def restore(
     """Fill everything in place; returns the caller's ``extra``, the state of the chain and what was
     left alone.
 
-    Collective: initialising a fresh optimizer's state and asking ``stateful`` for its layout may
-    communicate, and the ranks tell each other of failures.
+    Collective: initialising a fresh optimizer's state, asking ``stateful`` for its layout and
+    finishing the live state may communicate, and the ranks tell each other of failures.
     """
     manifest = reader.chain.top.manifest
 
     def find() -> tuple[Targets, dict[str, Leaf]]:
-        found = targets_of(wanted.model, wanted.optimizer, manifest, wanted.mapping, wanted.strict)
+        found = targets_of(wanted.live, manifest, wanted.mapping, wanted.strict)
         return found, extra_leaves(manifest, wanted.stateful)
 
     targets, others = group.everywhere(find, keep_own_error=True)
@@ -83,28 +80,29 @@ def restore(
         drive_load({name: Fragment.of(name, leaf) for name, leaf in leaves.items()}, reader)
 
     group.everywhere(fill, keep_own_error=True)
-    _install(wanted, targets, manifest, others)
+    group.everywhere(lambda: _install(wanted, targets, manifest, others), keep_own_error=True)
+    wanted.live.finish()
     states = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
     _set_random_state(states, group.rank)
     extra = read_tree(run_values(manifest).extra, others, "extra")
     chained = {name: targets.leaves[name] for name in targets.unrenamed} | others
     loaded = _loaded(reader, chained if wanted.keeps_references else {})
-    return extra, loaded, targets.report
+    return extra, loaded, replace(targets.report, extra=extra)
 
 
 def _install(
     wanted: Wanted, targets: Targets, manifest: Manifest, others: Mapping[str, Leaf]
 ) -> None:
-    values, optimizer = run_values(manifest), wanted.optimizer
+    values, live = run_values(manifest), wanted.live
     if values.model_values:
         saved = read_tree(values.model_values, others, "model values")
-        found = {live: saved[name] for live, name in targets.values.items() if name in saved}
-        set_model_state_dict(wanted.model, found, options=StateDictOptions(strict=False))
-    if optimizer is not None and values.param_groups is not None:
-        install_optimizer_state(wanted.model, optimizer, targets.optimizer)
+        found = {own: saved[name] for own, name in targets.values.items() if name in saved}
+        live.take_model_values(found)
+    if live.has_optimizer and values.param_groups is not None:
+        live.take_optimizer_state(targets.optimizer.state)
         options = read_tree(values.param_groups, others, "param_groups")
-        if wanted.strict or len(options) == len(optimizer.param_groups):
-            restore_group_options(optimizer, options)
+        if wanted.strict or len(options) == live.num_groups:
+            live.take_group_options(options)
     asked = {name: state for name, state in values.stateful.items() if name in wanted.stateful}
     for name, state in read_tree(asked, others, "stateful").items():
         wanted.stateful[name].load_state_dict(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from effx_dist.checkpoint.folder import (
@@ -15,19 +15,20 @@ from effx_dist.checkpoint.folder import (
     PINNED,
     REMOVING,
     SUPERSEDED,
-    committed_steps,
+    committed_folders,
+    holds_foreign_files,
     is_moments_file,
     remove_staged,
     remove_step,
     remove_uncommitted,
-    require_committed,
-    step_name,
+    step_folder,
     step_of,
-    uncommitted_steps,
+    uncommitted_folders,
 )
 from effx_dist.checkpoint.manifest import FileRecord, ParentRecord, stated_checksum
 from effx_dist.checkpoint.reader import read_manifest
 from effx_dist.checkpoint.storage import WRITING, Folder, Location, location
+from effx_dist.checkpoint.tags import tags_of
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 
@@ -90,12 +91,12 @@ def retire(folder: Folder, config: ExcpConfig) -> list[int]:
     kept = with_parents(wanted, parent_of)
     removed: list[int] = []
     for step in sorted(steps.keys() - kept, reverse=True):
-        if (place / step_name(step)).has_file(PINNED):
+        if step_folder(place, step).has_file(PINNED):
             return removed  # pinned just now: the next call counts its parents
         remove_step(place, step)
         removed.append(step)
     for step in sorted(kept - wanted):
-        _remove_moments(place / step_name(step))
+        _remove_moments(step_folder(place, step))
     _finish_removals(place, max(steps, default=0))
     return removed
 
@@ -103,7 +104,7 @@ def retire(folder: Folder, config: ExcpConfig) -> list[int]:
 def pin(folder: Folder, step: int, is_pinned: bool = True) -> None:
     """Keep a committed step whatever the settings say, or no longer. Raises
     CheckpointNotFoundError, also if the step was removed in the meantime."""
-    place = location(folder) / step_name(require_committed(folder, step))
+    place = step_folder(folder, step)
     if not is_pinned:
         place.remove_file(PINNED)
         return
@@ -133,6 +134,7 @@ class _Step:
     parent: int | None
     is_readable: bool
     is_pinned: bool
+    """Or has a tag."""
     has_moments: bool
     has_weights: bool
     """Its weights can be read, those of its parents included, as far as names and sizes tell."""
@@ -144,12 +146,13 @@ def _look(place: Location) -> dict[int, _Step]:
     """All committed steps, oldest first: parents are known when their children are looked at."""
     found: dict[int, _Step] = {}
     checksums: dict[str, str] = {}
-    for step in committed_steps(place):
-        own = place / step_name(step)
+    tagged = set(tags_of(place).values())
+    for step, own in committed_folders(place).items():
         facts = _facts(own)
         if facts is not None:
             checksums[own.name] = facts.checksum
-        found[step] = _look_at(own, facts, found, checksums)
+        known = _look_at(own, facts, found, checksums)
+        found[step] = replace(known, is_pinned=True) if step in tagged else known
     return found
 
 
@@ -232,6 +235,7 @@ def _finish_removals(place: Location, newest: int) -> None:
             and step < newest  # saves only ever make newer steps
             and not place.has_rename  # a store's removal begins with the manifest
             and not (place / name).has_file(MANIFEST)
+            and not holds_foreign_files(place / name)
         ):
             remove_uncommitted(place / name)
 
@@ -240,8 +244,8 @@ def remove_leftovers(folder: Folder) -> None:
     """Remove what saves and removals that were cut off left behind. Called by the coordinator
     before a run's first save and after a failed one, when no save is under way."""
     place = location(folder)
-    for step in uncommitted_steps(place):
-        remove_uncommitted(place / step_name(step))
+    for own in uncommitted_folders(place):
+        remove_uncommitted(own)
     for name in place.folders():
         if name.startswith(WRITING):
             remove_staged(place / name)
@@ -262,13 +266,26 @@ def set_aside_newer(folder: Folder, step: int) -> list[str]:
     of its new saves.
 
     They are kept as ``superseded-<id>-step-N``, never deleted; newest first, so that a crash in
-    between leaves a whole chain. Returns the new names.
+    between leaves a whole chain. Those that have a tag stay where they are, with what they build
+    upon, and are logged. Returns the new names.
     """
     place = location(folder)
+    steps = _look(place)
+    newer = {s for s in steps if s > step}
+    tagged = newer & set(tags_of(place).values())
+    staying = newer & with_parents(tagged, {s: known.parent for s, known in steps.items()})
+    if staying:
+        logger.warning(
+            "%s: went back to step %d; newer steps with a tag stay, and what they build upon: %s",
+            place,
+            step,
+            sorted(staying),
+        )
     mark = uuid.uuid4().hex[:8]
     names = []
-    for newer in reversed([s for s in committed_steps(place) if s > step]):
-        name = f"{SUPERSEDED}{mark}-{step_name(newer)}"
-        (place / step_name(newer)).move(place / name, MANIFEST)
+    for s in sorted(newer - staying, reverse=True):
+        own = step_folder(place, s)
+        name = f"{SUPERSEDED}{mark}-{own.name}"
+        own.move(place / name, MANIFEST)
         names.append(name)
     return names

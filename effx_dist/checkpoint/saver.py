@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from effx_dist.checkpoint.chain import Chain
 from effx_dist.checkpoint.commit import SaveFacts
 from effx_dist.checkpoint.drive import drive_save
-from effx_dist.checkpoint.folder import step_name
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.manifest import Figures, ParentRecord
 from effx_dist.checkpoint.ownership import Ownership
@@ -28,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveJob:
-    """What one save writes: staged fragments by name, and what the manifest says besides."""
+    """What one save writes: staged fragments by name, what the manifest says besides, and the name
+    of the checkpoint's folder."""
 
-    step: int
     state: Mapping[str, Fragment]
-    extra: Any
-    aliases: Mapping[str, str]
+    facts: SaveFacts
+    name: str
 
 
 @dataclass(frozen=True)
@@ -106,11 +104,11 @@ class Saver:
         started = time.perf_counter()
         self._group.everywhere(self._clear_the_way)
         writer = ExcpWriter(
-            self._folder / step_name(job.step),
+            self._folder / job.name,
             self._config,
             chain=self._chain,
             group=self._group,
-            facts=SaveFacts(job.step, job.extra, job.aliases),
+            facts=job.facts,
             before_commit=self._ownership.check,
             owns_tensors=True,
         )
@@ -121,7 +119,7 @@ class Saver:
             raise
         self._tidy(retire, self._folder, self._config)
         write_s = time.perf_counter() - started
-        return SaveResult(job.step, manifest.kind, manifest.figures, write_s)
+        return SaveResult(job.facts.step, manifest.kind, manifest.figures, write_s)
 
     def _tidy(self, remove: Callable[..., object], *arguments: object) -> None:
         """Rank 0 removes what is not needed; what cannot be removed changes nothing for the save."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from effx_dist.checkpoint.fragment import Fragment
-from effx_dist.shard import Box, LocalRows
+from effx_dist.checkpoint.tree import Leaf
+from effx_dist.shard import Box
 
 Key = tuple[str, tuple[int, ...]]
 
@@ -28,7 +29,7 @@ class Staging:
         self._shared = shared
         self._buffers: dict[Key, torch.Tensor] = {}
 
-    def copy(self, leaves: Mapping[str, torch.Tensor | LocalRows]) -> dict[str, Fragment]:
+    def copy(self, leaves: Mapping[str, Leaf]) -> dict[str, Fragment]:
         """Fragments of all leaves in host memory. Waits for the copies. No communication is
         performed."""
         staged = {}

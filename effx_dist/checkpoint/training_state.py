@@ -9,18 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from effx_dist.checkpoint.fragment import Fragment
+from effx_dist.checkpoint.live import LiveState
 from effx_dist.checkpoint.manifest import Manifest, TensorRecord, short
 from effx_dist.checkpoint.matching import (
     MODEL,
@@ -34,8 +29,6 @@ from effx_dist.checkpoint.random_state import random_state
 from effx_dist.checkpoint.tree import Leaf, leaf_paths, tree_from_json, tree_to_json
 from effx_dist.errors import CorruptCheckpointError, LayoutMismatchError
 from effx_dist.shard import LocalRows
-
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 class Stateful(Protocol):
@@ -59,22 +52,18 @@ class TrainingState:
 
 
 def collect(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    stateful: Mapping[str, Stateful],
-    extra: Any,
-    rank: int,
+    live: LiveState, stateful: Mapping[str, Stateful], extra: Any, rank: int
 ) -> TrainingState:
     """Everything a checkpoint holds. ``state_dict()`` of ``stateful`` may communicate; nothing else
     does."""
-    leaves, aliases, model_values = _model_leaves(model)
+    leaves, aliases, model_values = _model_leaves(live)
     values: dict[str, Any] = {"model_values": model_values}
-    if optimizer is not None:
-        full = _full_state_of(model, optimizer) if optimizer.state else {}
-        tensors, values["optimizer_values"] = _optimizer_leaves(full.get("state", {}))
+    if live.has_optimizer:
+        optimizer = live.optimizer_state()
+        tensors, values["optimizer_values"] = _optimizer_leaves(optimizer.by_name)
         leaves |= tensors
-        values["group_parameters"] = _group_parameters(model, optimizer, full)
-        values["param_groups"] = tree_to_json(_group_options(optimizer), "param_groups", leaves)
+        values["group_parameters"] = optimizer.group_parameters
+        values["param_groups"] = tree_to_json(optimizer.group_options, "param_groups", leaves)
     states = {name: obj.state_dict() for name, obj in stateful.items()}
     values["stateful"] = tree_to_json(states, "stateful", leaves)
     values["extra"] = tree_to_json(extra, "extra", leaves)
@@ -82,31 +71,17 @@ def collect(
     return TrainingState(leaves, aliases, values)
 
 
-def _model_leaves(
-    model: torch.nn.Module,
-) -> tuple[dict[str, Leaf], dict[str, str], dict[str, Any]]:
-    tied = tied_names(model)
+def _model_leaves(live: LiveState) -> tuple[dict[str, Leaf], dict[str, str], dict[str, Any]]:
+    tied = live.tied_names()
     leaves: dict[str, Leaf] = {}
     values: dict[str, Any] = {}
-    for name, value in get_model_state_dict(model).items():
-        if isinstance(value, torch.Tensor):
-            if name not in tied:
-                leaves[f"{MODEL}.{name}"] = value
-        else:
+    for name, value in live.model_state().items():
+        if not isinstance(value, Leaf):
             values[name] = tree_to_json(value, f"{MODEL}.{name}", leaves)
+        elif name not in tied:
+            leaves[f"{MODEL}.{name}"] = value
     aliases = {f"{MODEL}.{alias}": f"{MODEL}.{name}" for alias, name in tied.items()}
     return leaves, aliases, values
-
-
-def tied_names(model: torch.nn.Module) -> dict[str, str]:
-    """``{other name: first name}`` of parameters that a model holds under several names."""
-    first: dict[int, str] = {}
-    tied = {}
-    for raw, parameter in model.named_parameters(remove_duplicate=False):
-        name = ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    return tied
 
 
 def _optimizer_leaves(
@@ -118,78 +93,11 @@ def _optimizer_leaves(
     for parameter, entries in state.items():
         for key, value in entries.items():
             path = f"{OPTIMIZER}.{parameter}.{key}"
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Leaf):
                 leaves[path] = value
             else:
                 values.setdefault(parameter, {})[key] = tree_to_json(value, path, leaves)
     return leaves, values
-
-
-def _full_state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """State and groups by parameter name, as torch.distributed.checkpoint has them."""
-    return cast(dict[str, Any], get_optimizer_state_dict(model, optimizer))
-
-
-def _group_parameters(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, full: Mapping[str, Any]
-) -> list[list[str]]:
-    """Names of each group's parameters in the optimizer's order, which a plain optimizer's
-    state_dict() counts by."""
-    if full:
-        return [list(group["params"]) for group in full["param_groups"]]
-    names: dict[int, str] = {}
-    for raw, parameter in model.named_parameters():
-        names[id(parameter)] = ".".join(p for p in raw.split(".") if p not in _WRAPPERS)
-    groups = optimizer.param_groups
-    return [[names[id(p)] for p in group["params"] if id(p) in names] for group in groups]
-
-
-def _state_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Any]]:
-    """The live optimizer state by parameter name; initialises it where it is empty."""
-    if not optimizer.state:
-        return _initialised_state_of(model, optimizer)
-    return cast(dict[str, dict[str, Any]], _full_state_of(model, optimizer)["state"])
-
-
-def _initialised_state_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Any]]:
-    """torch initialises an empty state only where there are no gradients: they are set aside."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        return cast(dict[str, dict[str, Any]], get_optimizer_state_dict(model, optimizer)["state"])
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-
-
-def _group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """lr, betas and the like of each parameter group, as a scheduler may have left them."""
-    skipped = {"params", "param_names"}
-    return [
-        {key: value for key, value in group.items() if key not in skipped}
-        for group in optimizer.param_groups
-    ]
-
-
-def restore_group_options(optimizer: torch.optim.Optimizer, options: list[dict[str, Any]]) -> None:
-    """The way back. Raises LayoutMismatchError for another number of parameter groups."""
-    if len(options) != len(optimizer.param_groups):
-        raise LayoutMismatchError(
-            f"the checkpoint has {len(options)} parameter groups, the optimizer has "
-            f"{len(optimizer.param_groups)}; build it with the same groups"
-        )
-    for group, saved in zip(optimizer.param_groups, options, strict=True):
-        for key, value in saved.items():
-            if isinstance(group.get(key), torch.Tensor):
-                group[key].copy_(torch.as_tensor(value))
-            else:
-                group[key] = value
 
 
 @dataclass
@@ -222,8 +130,7 @@ class Targets:
 
 
 def targets_of(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    live: LiveState,
     manifest: Manifest,
     mapping: NameMap | None = None,
     strict: bool = True,
@@ -235,19 +142,17 @@ def targets_of(
     tensors that differ in shape or dtype, for a mapping that leads nowhere and, if ``strict``, for
     tensors that only one side has.
     """
-    leaves, aliases, values = _model_leaves(model)
-    live = [name.removeprefix(f"{MODEL}.") for name in (*leaves, *aliases)] + list(values)
-    names = SavedNames(mapping, live, manifest, strict)
+    leaves, aliases, values = _model_leaves(live)
+    own = [name.removeprefix(f"{MODEL}.") for name in (*leaves, *aliases)] + list(values)
+    names = SavedNames(mapping, own, manifest, strict)
     bare = {name: names.of(name.removeprefix(f"{MODEL}.")) for name in leaves}
     saved_names = {name: f"{MODEL}.{saved}" for name, saved in bare.items() if saved is not None}
     state = OptimizerTargets()
-    if optimizer is not None:
-        state = _optimizer_targets(model, optimizer, manifest, names, strict)
+    if live.has_optimizer:
+        state = _optimizer_targets(live, manifest, names, strict)
     leaves |= state.leaves
     saved_names |= state.saved_names
-    found, report = match(
-        leaves, saved_names, names.left_out, manifest, optimizer is not None, strict
-    )
+    found, report = match(leaves, saved_names, names.left_out, manifest, live.has_optimizer, strict)
     return Targets(
         leaves={saved: leaves[name] for name, saved in found.items()},
         unrenamed=frozenset(name for name, saved in found.items() if saved == name),
@@ -258,11 +163,7 @@ def targets_of(
 
 
 def _optimizer_targets(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    manifest: Manifest,
-    names: SavedNames,
-    strict: bool,
+    live: LiveState, manifest: Manifest, names: SavedNames, strict: bool
 ) -> OptimizerTargets:
     values = run_values(manifest)
     if strict and values.param_groups is None:
@@ -274,13 +175,13 @@ def _optimizer_targets(
     stored = {name for name in manifest.tensors if name.startswith(f"{OPTIMIZER}.")}
     if not stored and not values.optimizer_values:
         return targets
-    is_fresh = not optimizer.state
-    for parameter, entries in _state_of(model, optimizer).items():
+    state, was_fresh = live.made_optimizer_state()
+    for parameter, entries in state.items():
         saved = names.of(parameter)
         tensors = {
             f"{OPTIMIZER}.{parameter}.{key}": (tensor, f"{OPTIMIZER}.{saved}.{key}")
             for key, tensor in entries.items()
-            if isinstance(tensor, torch.Tensor)
+            if isinstance(tensor, Leaf)
         }
         has_tensors = any(name in stored for _, name in tensors.values())
         if saved is not None and (has_tensors or saved in values.optimizer_values):
@@ -289,23 +190,9 @@ def _optimizer_targets(
             )
             targets.leaves |= {name: tensor for name, (tensor, _) in tensors.items()}
             targets.saved_names |= {name: there for name, (_, there) in tensors.items()}
-        elif not is_fresh and not names.is_known(saved):
+        elif not was_fresh and not names.is_known(saved):
             targets.state[parameter] = entries  # the checkpoint does not speak of it
     return targets
-
-
-def install_optimizer_state(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, targets: OptimizerTargets
-) -> None:
-    """Hand the filled state to the optimizer; parameters without a saved state lose theirs."""
-    if not targets.state:
-        optimizer.state.clear()
-        return
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    full: dict[str, Any] = {"state": targets.state, "param_groups": groups}
-    # a parameter that has had no gradient yet has no state
-    options = StateDictOptions(strict=False)
-    set_optimizer_state_dict(model, optimizer, full, options=options)
 
 
 class RunValues(BaseModel):

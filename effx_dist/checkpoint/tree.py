@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.values import OPAQUE
 from effx_dist.shard import LocalRows
 
 TAGS = frozenset({"$tensor", "$rows", "$tuple", "$float", "$items", OPAQUE})
-Leaf = torch.Tensor | LocalRows
+Leaf = torch.Tensor | LocalRows | Fragment
+"""A tensor of a state as it lies in memory. Trees hold no fragments."""
 
 
 def tree_to_json(value: Any, path: str, tensors: dict[str, Leaf]) -> Any:

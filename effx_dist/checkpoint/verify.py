@@ -15,7 +15,7 @@ from effx_dist.checkpoint.folder import (
     committed_steps,
     is_moments_file,
     require_committed,
-    step_name,
+    step_folder,
 )
 from effx_dist.checkpoint.inspect import existing_folder
 from effx_dist.checkpoint.manifest import BlockRecord, Manifest
@@ -154,7 +154,7 @@ class _Share:
 
 def _verify_share(path: Location, steps: Sequence[int], share: _Share) -> VerifyReport:
     report = VerifyReport()
-    places = [path / step_name(step) for step in steps]
+    places = [step_folder(path, step) for step in steps]
     share.total_bytes = sum(sum(p.files().values()) for p in places) // share.ranks.size
     seen: set[str] = set()
     with ThreadPoolExecutor(share.num_threads) as pool:

@@ -48,6 +48,7 @@ from effx_dist.checkpoint.manifest import (
 )
 from effx_dist.checkpoint.quantisers import Measured, measure
 from effx_dist.checkpoint.storage import Location, location
+from effx_dist.checkpoint.tags import point_to
 from effx_dist.checkpoint.values import parse_value
 from effx_dist.config import ExcpConfig
 from effx_dist.core.excp import PROFILES
@@ -75,7 +76,7 @@ class ExcpWriter(StorageWriter):
             the thread that saves. None: a group of all ranks made here that nothing else uses
             (collective: make the writer on every rank).
         facts: step (default: from the folder's name), JSON ``extra`` and name aliases for the
-            manifest.
+            manifest; the tag that is to name it, and whether ``latest`` does.
         before_commit: called by the coordinator when all else is done; what it raises fails the save.
         owns_tensors: the tensors are copies that the writer may overwrite with their
             reconstruction.
@@ -182,9 +183,10 @@ class ExcpWriter(StorageWriter):
         self.chain.figures = self.manifest.figures
         self.chain.settle(self._decision.id)
         try:
-            self.path.parent.replace_file(LATEST, f"{self.path.name}\n".encode())
+            point_to(self.path, facts.tag, facts.moves_latest)
         except OSError:  # the checkpoint stands; what is newest is decided by the manifests
-            logger.exception("%s is committed, but %s does not name it yet", self.path, LATEST)
+            names = f"{facts.tag}, {LATEST}" if facts.tag else LATEST
+            logger.exception("%s is committed, but not named by %s yet", self.path, names)
 
     def _has_parent(self) -> bool:
         """Whether the checkpoint that a link builds upon still stands; another job on the folder may

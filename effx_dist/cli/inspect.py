@@ -96,7 +96,8 @@ def _step_row(step: StepSummary, num_columns: int) -> list[str]:
 
 def _notes(step: StepSummary) -> str:
     notes = {"pinned": step.pinned, "merged": step.merged, "no moments": step.moments_removed}
-    return ", ".join(note for note, holds in notes.items() if holds)
+    held = [note for note, holds in notes.items() if holds]
+    return ", ".join([*(f"tag {tag}" for tag in step.tags), *held])
 
 
 def steps_line(steps: Sequence[StepSummary]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -59,19 +59,24 @@ def checkpoint_folder(folder: str) -> str:
 
 
 def folder_and_step(folder: str, step: int | None) -> tuple[str, int | None]:
-    """Return the folder of checkpoints and the step: `run/step-300` is step 300 of `run`.
+    """Return the folder of checkpoints and the step: `run/step-300` is step 300 of `run`, and `run/best`
+    the step with that tag.
 
     Raises:
         CheckpointNotFoundError: There is no such local folder.
         ConfigError: Two different steps were given.
     """
     folder = checkpoint_folder(folder)
-    from effx_dist.checkpoint.folder import step_of
+    from effx_dist.checkpoint.folder import TAG, step_of, tagged_step
+    from effx_dist.checkpoint.storage import location
 
     path = folder.rstrip("/") if "://" in folder else str(Path(folder).absolute())
-    named = step_of(PurePosixPath(path).name)
+    parent, _, name = path.rpartition("/")
+    named = step_of(name)
+    if named is None and location(path).has_file(TAG):
+        named = tagged_step(parent, name)
     if named is None:
         return folder, step
     if step is not None and step != named:
         raise ConfigError(f"--step {step}: {folder} is another step; leave one of the two out")
-    return path.rpartition("/")[0], named
+    return parent, named

@@ -3,7 +3,8 @@
 
 DeepSpeed restores parameters and optimizer state from it at any number of ranks and ZeRO stage 1 to
 3. It does not restore buffers, nor the learning rate schedule of another library: load with
-``load_lr_scheduler_states=False``. ZeRO-3 takes the options of the first parameter group for all.
+``load_lr_scheduler_states=False`` what no DeepSpeed engine has saved. ZeRO-3 takes the options of the
+first parameter group for all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ LATEST_UNIVERSAL = "latest_universal"
 DS_VERSION = "0.19.8"
 """The DeepSpeed whose loader this was written for; its loader asks for one and refuses very old ones."""
 STEP = "step"
+ENGINE = "deepspeed"
+"""Where the checkpoint of a DeepSpeed engine keeps its counters, in ``extra``."""
 
 
 def write_universal(content: Content, folder: Path) -> None:
@@ -92,16 +95,20 @@ def _save_tensor(content: Content, stored: str, path: Path) -> None:
 
 def _save_engine_state(content: Content, folder: Path) -> None:
     """What the engine keeps beside the tensors, under the names of ZeRO-1/2 and of ZeRO-3."""
-    engine_state = {
+    extra = content.tree(content.values.extra, "extra")
+    counters = extra.pop(ENGINE, {})
+    # a DeepSpeed engine's extra is its client_state, which lies beside its own entries
+    engine_state = (extra if counters else {"extra": extra}) | {
         "module": {},
         "optimizer": None,
-        "lr_scheduler": None,
+        "lr_scheduler": content.tree(content.values.stateful.get("lr_scheduler"), "lr_scheduler"),
         "dp_world_size": 1,
         "mp_world_size": 1,
         "global_steps": content.manifest.step,
-        "skipped_steps": 0,
+        "skipped_steps": counters.get("skipped_steps", 0),
         "ds_version": DS_VERSION,
-        "extra": content.tree(content.values.extra, "extra"),
     }
+    if "global_samples" in counters:  # else DeepSpeed counts them from the steps
+        engine_state["global_samples"] = counters["global_samples"]
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         torch.save(engine_state, folder / name)

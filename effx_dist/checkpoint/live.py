@@ -1,0 +1,223 @@
+"""A model and its optimizer as a checkpoint sees them: what an engine with tensors of its own layout
+implements to be saved and loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from effx_dist.errors import ConfigError, LayoutMismatchError
+
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_NO_OPTIONS = frozenset({"params", "param_names"})
+
+StateByName = dict[str, dict[str, Any]]
+"""An optimizer's state, tensors and other values, by parameter name and key."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer as it stands.
+
+    Attributes:
+        by_name: its state; empty where it is fresh.
+        group_parameters: names of each group's parameters, in its own order.
+        group_options: lr, betas and the like of each group, as a scheduler may have left them.
+    """
+
+    by_name: StateByName = field(default_factory=dict)
+    group_parameters: list[list[str]] = field(default_factory=list)
+    group_options: list[dict[str, Any]] = field(default_factory=list)
+
+
+class LiveState(ABC):
+    """A model, and its optimizer if that is part of it.
+
+    Tensors are given as leaves (:data:`effx_dist.checkpoint.tree.Leaf`) that share the live memory:
+    a save copies from them, a load fills them in place. Every rank gives the same names, also those of
+    tensors that it holds nothing of. No method communicates unless it says so.
+    """
+
+    has_optimizer: bool
+
+    @abstractmethod
+    def model_state(self) -> dict[str, Any]:
+        """Parameters and buffers by name, and what else the model's state holds. A tied parameter's
+        other names may be in it or not."""
+
+    @abstractmethod
+    def tied_names(self) -> dict[str, str]:
+        """``{other name: first name}`` of parameters that the model holds under several names."""
+
+    @abstractmethod
+    def take_model_values(self, values: Mapping[str, Any]) -> None:
+        """Hand over what of the model's state is no tensor."""
+
+    @abstractmethod
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer as it stands."""
+
+    @abstractmethod
+    def made_optimizer_state(self) -> tuple[StateByName, bool]:
+        """The optimizer's state to be filled, and whether it had to be made first, which is collective
+        where the optimizer's step is."""
+
+    @abstractmethod
+    def take_optimizer_state(self, state: StateByName) -> None:
+        """Hand over the state of :meth:`made_optimizer_state` once it is filled. Parameters that are
+        not in it lose theirs."""
+
+    @property
+    @abstractmethod
+    def num_groups(self) -> int:
+        """Number of the optimizer's parameter groups."""
+
+    @abstractmethod
+    def take_group_options(self, options: list[dict[str, Any]]) -> None:
+        """Hand over the groups' options. Raises LayoutMismatchError for another number of groups."""
+
+    def finish(self) -> None:  # noqa: B027  most hold nothing beside the tensors themselves
+        """Called on every rank once all of a checkpoint has been taken. May communicate."""
+
+
+def live_state(
+    model: nn.Module | LiveState, optimizer: torch.optim.Optimizer | None = None
+) -> LiveState:
+    """What callers hand over, as one thing. Raises ConfigError for an optimizer beside a LiveState."""
+    if not isinstance(model, LiveState):
+        return TorchState(model, optimizer)
+    if optimizer is not None:
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__}: a {type(model).__name__} holds its own; leave it out"
+        )
+    return model
+
+
+class TorchState(LiveState):
+    """A plain, DDP or FSDP model and a torch optimizer, as torch.distributed.checkpoint names them."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self.has_optimizer = optimizer is not None
+
+    @property
+    def _required_optimizer(self) -> torch.optim.Optimizer:
+        assert self._optimizer is not None, "has_optimizer"
+        return self._optimizer
+
+    def model_state(self) -> dict[str, Any]:
+        return cast(dict[str, Any], get_model_state_dict(self._model))
+
+    def tied_names(self) -> dict[str, str]:
+        return tied_names(self._model)
+
+    def take_model_values(self, values: Mapping[str, Any]) -> None:
+        set_model_state_dict(self._model, dict(values), options=StateDictOptions(strict=False))
+
+    def optimizer_state(self) -> OptimizerState:
+        optimizer = self._required_optimizer
+        options = group_options(optimizer.param_groups)
+        if optimizer.state:
+            full = get_optimizer_state_dict(self._model, optimizer)
+            groups = cast(list[dict[str, Any]], full["param_groups"])
+            parameters = [list(group["params"]) for group in groups]
+            return OptimizerState(cast(StateByName, full["state"]), parameters, options)
+        names = {id(p): plain_name(raw) for raw, p in self._model.named_parameters()}
+        parameters = [
+            [names[id(p)] for p in group["params"] if id(p) in names]
+            for group in optimizer.param_groups
+        ]
+        return OptimizerState({}, parameters, options)
+
+    def made_optimizer_state(self) -> tuple[StateByName, bool]:
+        """torch makes an empty state, by a step of zero gradients at learning rate zero, only where
+        there are no gradients."""
+        optimizer = self._required_optimizer
+        is_fresh = not optimizer.state
+        with _gradients_set_aside(optimizer) if is_fresh else nullcontext():
+            state = get_optimizer_state_dict(self._model, optimizer)["state"]
+        return cast(StateByName, state), is_fresh
+
+    def take_optimizer_state(self, state: StateByName) -> None:
+        optimizer = self._required_optimizer
+        if not state:
+            optimizer.state.clear()
+            return
+        groups = get_optimizer_state_dict(self._model, optimizer)["param_groups"]
+        full: dict[str, Any] = {"state": state, "param_groups": groups}
+        # a parameter that has had no gradient yet has no state
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(self._model, optimizer, full, options=options)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self._required_optimizer.param_groups)
+
+    def take_group_options(self, options: list[dict[str, Any]]) -> None:
+        take_group_options(self._required_optimizer.param_groups, options)
+
+
+@contextmanager
+def _gradients_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def plain_name(raw: str) -> str:
+    """A parameter's name without those of the modules that wrappers put around it."""
+    return ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """``{other name: first name}`` of parameters that a model holds under several names."""
+    first: dict[int, str] = {}
+    tied = {}
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(raw)
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
+
+
+def group_options(param_groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What an optimizer's groups hold besides their parameters."""
+    return [
+        {key: value for key, value in group.items() if key not in _NO_OPTIONS}
+        for group in param_groups
+    ]
+
+
+def take_group_options(param_groups: list[dict[str, Any]], options: list[dict[str, Any]]) -> None:
+    """The way back. Raises LayoutMismatchError for another number of parameter groups."""
+    if len(options) != len(param_groups):
+        raise LayoutMismatchError(
+            f"the checkpoint has {len(options)} parameter groups, the optimizer has "
+            f"{len(param_groups)}; build it with the same groups"
+        )
+    for group, saved in zip(param_groups, options, strict=True):
+        for key, value in saved.items():
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].copy_(torch.as_tensor(value))
+            else:
+                group[key] = value
