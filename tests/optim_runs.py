@@ -4,7 +4,7 @@ what a step sends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,21 @@ def small_model(width: int = 5) -> nn.Sequential:
     """The same values wherever it is made."""
     torch.manual_seed(7)
     return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+
+
+class GivenGrads(nn.Module):
+    """Parameters whose gradients are what forward is given, and modules of the same kind."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter], inner: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        for name, param in params.items():
+            self.register_parameter(name, param)
+        self.names = tuple(params)
+        self.inner = nn.ModuleList(inner)
+
+    def forward(self, grads: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        terms = [(getattr(self, n) * grads[n]).sum().double() for n in self.names if n in grads]
+        return sum([*terms, *(module(grads) for module in self.inner)], torch.zeros(()).double())
 
 
 def backward(model: nn.Module, step: int, ranks_per_sample: int = 1) -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from effx_dist.data import InfoBatchSampler, with_sample_ids
+from effx_dist.data.dataset import batches_with_ids
 from effx_dist.errors import ConfigError
 from tests.data_runs import plain_losses
 
@@ -200,3 +209,38 @@ def test_what_cannot_be_indexed_is_refused(dataset: Any) -> None:
 def test_a_key_that_is_there_already_is_refused() -> None:
     with pytest.raises(ConfigError, match="sample_id"):
         with_sample_ids([{"sample_id": 5}])[0]
+
+
+class Encoding(UserDict[str, Any]):
+    """A batch with methods, as tokenisers return it."""
+
+
+COLLATES: list[tuple[Any, Callable[[Any], Any]]] = [
+    (None, lambda batch: batch["sample_id"]),
+    (lambda items: Encoding(x=len(items)), lambda batch: batch["sample_id"]),
+    (lambda items: torch.stack([item["x"] for item in items]), lambda batch: batch[1]),
+    (lambda items: (len(items), "y"), lambda batch: batch[2]),
+    (lambda items: [len(items)], lambda batch: batch[1]),
+]
+
+
+@pytest.mark.parametrize(("collate", "ids_of"), COLLATES)
+def test_batches_carry_ids_whatever_the_collate_function_returns(
+    collate: Any, ids_of: Callable[[Any], Any]
+) -> None:
+    dataset, collate_with_ids = batches_with_ids(Fetching(), collate)
+    batch = next(iter(DataLoader(dataset, 4, sampler=[5, 1, 7, 2], collate_fn=collate_with_ids)))
+    assert torch.equal(ids_of(batch), torch.tensor([5, 1, 7, 2]))
+    alone = (collate or default_collate)([Rows()[i] for i in (5, 1, 7, 2)])
+    if isinstance(alone, dict | UserDict):
+        assert type(batch) is type(alone)
+        for key, value in alone.items():
+            assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(value))
+
+
+def test_a_data_set_with_ids_keeps_its_collate_function() -> None:
+    with_ids = with_sample_ids(Rows())
+    assert batches_with_ids(with_ids, list) == (with_ids, list)
+    inner, collate = batches_with_ids(Subset(with_ids, [3]), None)
+    with pytest.raises(ConfigError, match='the batch has a key "sample_id" already'):
+        collate([inner[0]])

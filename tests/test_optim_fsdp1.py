@@ -25,7 +25,7 @@ from effx_dist.optim import CautiousAdamW, CautiousLion
 from effx_dist.shard import ShardMap, TorchGroup, WholeTensor
 from tests.conformance import cautious as conformance
 from tests.conformance.cautious import SCENARIOS, SHAPES, Engine, Scenario, Session
-from tests.optim_runs import traffic_of_steps
+from tests.optim_runs import GivenGrads, traffic_of_steps
 from tests.ranks import spawn
 
 pytestmark = pytest.mark.ranks
@@ -38,21 +38,6 @@ FSDP1_SHAPES = {name: shape for name, shape in SHAPES.items() if name not in ("s
 # A unit has one gradient, which is zero and not missing where a parameter was not used.
 FSDP1_SCENARIOS = [scenario for scenario in SCENARIOS if not scenario.without_grad]
 INNER_UNITS = (("large", "few_rows"), ("one", "cube"))
-
-
-class Linear(nn.Module):
-    """Parameters whose gradients are what forward is given, and modules of the same kind."""
-
-    def __init__(self, params: Mapping[str, nn.Parameter], inner: Sequence[nn.Module] = ()) -> None:
-        super().__init__()
-        for name, param in params.items():
-            self.register_parameter(name, param)
-        self.names = tuple(params)
-        self.inner = nn.ModuleList(inner)
-
-    def forward(self, grads: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        terms = [(getattr(self, n) * grads[n]).sum().double() for n in self.names if n in grads]
-        return sum([*terms, *(module(grads) for module in self.inner)], torch.zeros(()).double())
 
 
 def keep_own_part(_: None, grad: torch.Tensor, part: torch.Tensor) -> None:
@@ -68,8 +53,8 @@ class Fsdp1Session(Session):
     ) -> None:
         params = {name: nn.Parameter(whole.clone()) for name, whole in wholes.items()}
         units = self._units(scenario, list(params), splits_groups=not options["use_orig_params"])
-        inner = [wrap(Linear({n: params[n] for n in unit}), **options) for unit in units[:-1]]
-        root = Linear({name: params[name] for name in units[-1]}, inner)
+        inner = [wrap(GivenGrads({n: params[n] for n in unit}), **options) for unit in units[:-1]]
+        root = GivenGrads({name: params[name] for name in units[-1]}, inner)
         self._model = wrap(root, **options)
         if "device_mesh" not in options:
             self._model.register_comm_hook(None, keep_own_part)

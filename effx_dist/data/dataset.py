@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+import torch
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from effx_dist.errors import ConfigError
 
@@ -28,14 +30,17 @@ class SampleIdDataset(Dataset[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         sample_id = self._id_of(index)
-        return _with_id(self.dataset[sample_id], sample_id)
+        return self._join(self.dataset[sample_id], sample_id)
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
         """All items of a batch, through the ``__getitems__`` of the dataset inside where it has one."""
         sample_ids = [self._id_of(index) for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(sample_ids) if callable(fetch) else [self.dataset[i] for i in sample_ids]
-        return [_with_id(item, i) for item, i in zip(items, sample_ids, strict=True)]
+        return [self._join(item, i) for item, i in zip(items, sample_ids, strict=True)]
+
+    def _join(self, item: Any, sample_id: int) -> Any:
+        return _with_id(item, sample_id)
 
     def _id_of(self, index: Any) -> int:
         number = operator.index(index)
@@ -57,21 +62,67 @@ def with_sample_ids(dataset: Any) -> SampleIdDataset:
     """
     if isinstance(dataset, SampleIdDataset):
         return dataset
+    return SampleIdDataset(_map_style(dataset))
+
+
+class CollateWithIds:
+    """Collates items that :func:`batches_with_ids` put beside their ids: ``collate_fn`` sees the items alone, as they
+    come out of the data set, and the batch that it returns gains the ids, int64 ``[batch]``."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, pairs: Sequence[tuple[Any, int]]) -> Any:
+        items, sample_ids = zip(*pairs, strict=True)
+        return _with_id(self.collate_fn(list(items)), torch.tensor(sample_ids))
+
+
+def batches_with_ids(
+    dataset: Any, collate_fn: Callable[[list[Any]], Any] | None
+) -> tuple[SampleIdDataset, Callable[[list[Any]], Any]]:
+    """A data set and a collate function for a loader whose batches carry the ids, whatever ``collate_fn`` (None: the
+    default one) makes of the items: it need not know of ids. They stand where :func:`with_sample_ids` puts them.
+
+    A data set that has its ids is returned as it is, with its collate function.
+
+    Raises:
+        ConfigError: As :func:`with_sample_ids`.
+    """
+    collate = collate_fn or default_collate
+    if isinstance(dataset, SampleIdDataset):
+        return dataset, collate
+    return _Pairs(_map_style(dataset)), CollateWithIds(collate)
+
+
+class _Pairs(SampleIdDataset):
+    """Items beside their ids: ``(item, id)`` whatever the item is."""
+
+    def _join(self, item: Any, sample_id: int) -> Any:
+        return item, sample_id
+
+
+def _map_style(dataset: Any) -> Any:
     is_map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if isinstance(dataset, IterableDataset) or not is_map_style:
         raise ConfigError(
             f"dataset of type {type(dataset).__name__}: must be map-style, with __getitem__ and __len__; samples of an "
             "iterable dataset cannot be chosen by index, so none can be left out"
         )
-    return SampleIdDataset(dataset)
+    return dataset
 
 
-def _with_id(item: Any, sample_id: int) -> Any:
+def _with_id(item: Any, sample_id: int | torch.Tensor) -> Any:
+    """An item with its id, or a batch with its ids."""
     if isinstance(item, Mapping):
         if SAMPLE_ID in item:
+            which = "the batch" if isinstance(sample_id, torch.Tensor) else f"item {sample_id}"
             raise ConfigError(
-                f'item {sample_id} has a key "{SAMPLE_ID}" already; rename it, as sampler.weigh needs the index'
+                f'{which} has a key "{SAMPLE_ID}" already; rename it, as sampler.weigh needs the index'
             )
+        if isinstance(item, MutableMapping) and not isinstance(item, dict):
+            twin = copy.copy(item)  # its own kind, such as a tokeniser's batch with its methods
+            twin[SAMPLE_ID] = sample_id
+            return twin
         return {**item, SAMPLE_ID: sample_id}
     if isinstance(item, list):
         return [*item, sample_id]

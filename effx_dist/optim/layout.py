@@ -28,7 +28,10 @@ _HIDDEN_CUTS = {
         "FullyShardedDataParallel",
         "give shard_map=effx_dist.engines.fsdp1.shard_map(model), or use fully_shard",
     ),
-    "ds_id": ("DeepSpeed ZeRO-3", "give a shard_map of the flat partitions"),
+    "ds_id": (
+        "DeepSpeed ZeRO-3",
+        'let effx_dist.deepspeed.initialize make the engine, with a "cautious" section in its "effx" block',
+    ),
 }
 """Attributes by which engines mark the parameters that they cut, who does, and what to do."""
 

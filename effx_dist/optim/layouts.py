@@ -117,8 +117,9 @@ def _refuse_strangers(
                 raise LayoutMismatchError(
                     f"parameter {index} of group {number}, of shape {tuple(param.shape)}, is none that "
                     "this optimiser was given: an engine has put it in their place, and which parts of "
-                    "which parameters it holds cannot be told; set opt.shard_map (for whole tensors to "
-                    "a function that returns ShardMap.of_tensors of them)"
+                    "which parameters it holds cannot be told; under DeepSpeed use "
+                    "effx_dist.deepspeed.initialize, elsewhere set opt.shard_map (for whole tensors to a "
+                    "function that returns ShardMap.of_tensors of them)"
                 )
 
 
