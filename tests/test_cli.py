@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from importlib import metadata
@@ -299,6 +302,25 @@ def test_doctor_says_what_is_here() -> None:
     assert code == 0
     assert re.search(rf"^torch +{re.escape(metadata.version('torch'))}$", out, re.MULTILINE)
     assert re.search(r"^compressed checkpoints \(ExCP\) +yes", out, re.MULTILINE)
+
+
+def test_doctor_names_the_lock_of_a_build_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+
+    def note() -> str:
+        return {part.name: part.note for part in doctor.examine().features}["DeepSpeed"]
+
+    assert str(lock) not in note(), "someone may be compiling"
+    an_hour_ago = time.time() - 3600
+    os.utime(lock, (an_hour_ago, an_hour_ago))
+    if importlib.util.find_spec("deepspeed"):
+        assert f"{lock} blocks its start: remove it" in note()
 
 
 def test_doctor_knows_every_required_package() -> None:

@@ -10,9 +10,11 @@ import importlib
 import importlib.util
 import os
 import platform
+import time
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from effx_dist import __version__
@@ -32,6 +34,8 @@ REQUIRED = (
     "rich",
     "pyyaml",
 )
+BUILD_S = 900
+"""Seconds; no operator takes as long to compile."""
 OPTIONAL = {
     "deepspeed": "engine",
     "megatron-core": "engine",
@@ -152,7 +156,9 @@ def _features(versions: dict[str, str | None], torch: Any) -> list[Part]:
             "several ranks", no_torch or no_ranks, plural(len(backends.split(", ")), "backend")
         ),
         _feature("FSDP2", no_torch or no_ranks or _adapter_fault("fsdp2")),
-        _feature("DeepSpeed", _engine_fault("deepspeed", versions["deepspeed"])),
+        _feature(
+            "DeepSpeed", _engine_fault("deepspeed", versions["deepspeed"]), _stale_lock(torch)
+        ),
         _feature("Megatron-core", _engine_fault("megatron", versions["megatron-core"])),
         _feature(
             "TensorBoard scalars", "" if versions["tensorboard"] else "pip install tensorboard"
@@ -175,6 +181,23 @@ def _cautious_step(torch: Any) -> str:
     if caught:
         return str(caught[0].message)
     return f"{device.type}: {name.removesuffix('Walks').lower()}"
+
+
+def _stale_lock(torch: Any) -> str:
+    """Names a lock that a killed build left where torch compiles operators by default; DeepSpeed would wait
+    for it without end.
+    """
+    if torch is None:
+        return ""
+    try:
+        root = importlib.import_module("torch.utils.cpp_extension").get_default_build_root()
+        now = time.time()
+        locks = [
+            lock for lock in Path(root).glob("*/*/lock") if now - lock.stat().st_mtime > BUILD_S
+        ]
+    except Exception as error:  # nothing to find is no reason to fail
+        return f"{type(error).__name__}: {error}"
+    return f"{locks[0]} blocks its start: remove it, if nothing is being compiled" if locks else ""
 
 
 def _feature(name: str, obstacle: str, note: str = "") -> Part:

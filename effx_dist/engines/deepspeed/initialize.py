@@ -1,0 +1,103 @@
+"""deepspeed.initialize, with what an "effx" block in the configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from torch.optim.optimizer import Optimizer
+from torch.utils.data import Dataset
+
+from effx_dist.engines.deepspeed import cautious
+from effx_dist.engines.deepspeed.block import CONFIG_ARGUMENTS, Block, check_engine, read_block
+from effx_dist.engines.deepspeed.handle import Handle
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
+    model_parameters: Any = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = deepspeed.TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: str | dict[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | dict[str, Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Arguments and returns of ``deepspeed.initialize``: engine, optimizer, loader, scheduler.
+
+    The configuration may have an "effx" block. It is checked before anything is built, and neither the
+    file nor the dict is changed. Without one, or with nothing on in it, this is deepspeed.initialize.
+    With one, ``engine.effx`` is a :class:`Handle`, and:
+
+    - "cautious": the optimiser of the configuration (AdamW, Adam, Lion) or of the call, object or
+      callable, is replaced by its cautious form, with the same groups and settings.
+    - "infobatch": the loader over ``training_data`` is an InfoBatchLoader, whose batches carry the samples'
+      ids for ``engine.effx.weigh``.
+
+    Collective, as deepspeed.initialize is.
+
+    Raises:
+        ConfigError: the block is refused, or something in the rest of the configuration, the model or the
+            optimiser cannot work beside it; on every rank, before anything is built.
+    """
+    block = read_block(args, config, config_params)
+    given: dict[str, Any] = {
+        "args": args,
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "config": config,
+        "mesh_param": mesh_param,
+        "config_params": config_params,
+    }
+    if block is None or model is None:  # DeepSpeed will ask for the model
+        engine, *others = deepspeed.initialize(**given)
+        return engine, *others
+    check_engine(block, model, mpu)
+    return _with_block(block, given)
+
+
+def _with_block(block: Block, given: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    training_data = given["training_data"]
+    changed = {
+        "optimizer": cautious.prepare(given["optimizer"], block),
+        "training_data": None if block.infobatch else training_data,
+        "config": block.config_for_deepspeed(),
+        "config_params": None,
+    }
+    with _without_config(given["args"]):
+        engine, _, loader, scheduler = deepspeed.initialize(**given | changed)
+    cautious.attach(engine)
+    engine.effx = Handle(engine, block.effx)
+    if block.infobatch and training_data is not None:
+        loader = engine.training_dataloader = engine.effx.deepspeed_io(training_data)
+    return engine, engine.optimizer, loader, scheduler
+
+
+@contextmanager
+def _without_config(args: Any) -> Iterator[None]:
+    """``args`` name no configuration meanwhile: DeepSpeed takes it from one place alone. It may note the
+    local rank in them.
+    """
+    named = {name: getattr(args, name) for name in CONFIG_ARGUMENTS if hasattr(args, name)}
+    try:
+        for name in named:
+            setattr(args, name, None)
+        yield
+    finally:
+        for name, value in named.items():
+            setattr(args, name, value)

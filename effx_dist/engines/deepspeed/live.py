@@ -1,0 +1,221 @@
+"""DeepSpeed: an engine's weights and optimizer state under the names and shapes of its model.
+
+What is saved of a trained parameter is its master weights, never the 16-bit copy, and of a flat moment the
+ranges that hold parameters, never the padding between them. Names and shapes are those of the model, so
+that a checkpoint says nothing of ZeRO stages, ranks or sub-groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from effx_dist.checkpoint import Fragment
+from effx_dist.checkpoint.live import (
+    LiveState,
+    OptimizerState,
+    StateByName,
+    group_options,
+    plain_name,
+    take_group_options,
+    tied_names,
+)
+from effx_dist.engines.deepspeed.partitions import Partition, partition_of_param, partitions
+from effx_dist.errors import LayoutMismatchError
+from effx_dist.shard import Piece, WholeTensor, whole_box
+
+
+class ZeroState(LiveState):
+    """A DeepSpeedEngine, of any ZeRO stage or none.
+
+    Args:
+        engine: the engine.
+        with_optimizer: whether the base optimizer's state is part of it.
+        with_frozen: whether parameters are that the optimizer does not train.
+
+    Making one and saving from it performs no communication. A fresh optimizer is made to have a state
+    by a step of zero gradients, and :meth:`finish` gathers parameters; both are collective.
+    """
+
+    def __init__(self, engine: Any, with_optimizer: bool = True, with_frozen: bool = True) -> None:
+        self._engine = engine
+        self._partitions = partitions(engine)
+        self._base: torch.optim.Optimizer = engine.basic_optimizer
+        self._with_frozen = with_frozen
+        self.has_optimizer = with_optimizer and bool(self._partitions)
+
+    def model_state(self) -> dict[str, Any]:
+        module = self._engine.module
+        masters = {
+            plain_name(whole.name): _fragment(whole, partition.pieces, partition.flat)
+            for partition in self._partitions
+            for whole in partition.wholes
+        }
+        found: dict[str, Any] = {}
+        parameters = {plain_name(raw): p for raw, p in module.named_parameters()}
+        for name, parameter in parameters.items():
+            if name in masters:
+                found[name] = masters[name]
+            elif self._with_frozen:
+                found[name] = _as_it_is(name, parameter)
+        known = parameters.keys() | self.tied_names().keys()
+        others = {plain_name(raw): value for raw, value in module.state_dict().items()}
+        return found | {name: value for name, value in others.items() if name not in known}
+
+    def tied_names(self) -> dict[str, str]:
+        return tied_names(self._engine.module)
+
+    def take_model_values(self, values: Mapping[str, Any]) -> None:
+        self._engine.module.load_state_dict(dict(values), strict=False)
+
+    def optimizer_state(self) -> OptimizerState:
+        members: list[list[str]] = [[] for _ in self._base.param_groups]
+        for partition in self._partitions:
+            names = [plain_name(whole.name) for whole in partition.wholes]
+            members[partition.group_index] += names
+        return OptimizerState(self._by_name(), members, group_options(self._base.param_groups))
+
+    def made_optimizer_state(self) -> tuple[StateByName, bool]:
+        fresh = [partition for partition in self._partitions if not self._state_of(partition)]
+        for partition in fresh:
+            _make_state(self._base, partition)
+        return self._by_name(), len(fresh) == len(self._partitions)
+
+    def take_optimizer_state(self, state: StateByName) -> None:
+        for partition in self._partitions:
+            own = self._state_of(partition)
+            for key, value in own.items():
+                if _is_spread(key, value, partition):
+                    for piece in partition.pieces:
+                        if key not in state.get(plain_name(piece.whole.name), {}):
+                            piece.flat_view(value).zero_()
+                else:
+                    own[key] = _one_value(key, value, partition, state)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self._base.param_groups)
+
+    def take_group_options(self, options: list[dict[str, Any]]) -> None:
+        take_group_options(self._base.param_groups, options)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """From the master weights to the parameters that compute, by DeepSpeed's own ways."""
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer.checkpoint_event_prologue()  # lets go of whole parameters that it keeps
+            for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            optimizer.checkpoint_event_epilogue()  # and gathers them again
+        elif isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+            self._cast_masters()
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+            if self.has_optimizer and all(map(self._state_of, self._partitions)):
+                # lets DeepSpeed's own readers of the state find it before the first step
+                optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _cast_masters(self) -> None:
+        """What the 16-bit optimizers without ZeRO do within their steps, and nowhere else."""
+        parameters = dict(self._engine.module.named_parameters())
+        for partition in self._partitions:
+            for piece in partition.pieces:
+                parameters[piece.whole.name].data.copy_(piece.view(partition.flat))
+
+    def _state_of(self, partition: Partition) -> dict[str, Any]:
+        found: dict[str, Any] = self._base.state.get(partition.flat, {})
+        return found
+
+    def _by_name(self) -> StateByName:
+        found: StateByName = {}
+        for partition in self._partitions:
+            for key, value in self._state_of(partition).items():
+                for whole in partition.wholes:
+                    of_whole = found.setdefault(plain_name(whole.name), {})
+                    if _is_spread(key, value, partition):
+                        of_whole[key] = _fragment(whole, partition.pieces, value)
+                    else:
+                        of_whole[key] = _shared_value(key, value, whole)
+        return found
+
+
+def _fragment(whole: WholeTensor, pieces: tuple[Piece, ...], local: torch.Tensor) -> Fragment:
+    local = local.detach()
+    parts = [(p.box, p.view(local)) for p in pieces if p.whole.name == whole.name]
+    if not whole.numel:  # nobody holds a piece of it; one rank writes its shape
+        parts = [(whole_box(whole.shape), local.new_empty(whole.shape))]
+    return Fragment(whole.shape, local.dtype, parts)
+
+
+def _as_it_is(name: str, parameter: torch.Tensor) -> torch.Tensor | Fragment:
+    """A parameter that no optimizer steps: whole on this rank, or its part of it (stage 3)."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    whole, pieces = partition_of_param(parameter, name)
+    return _fragment(whole, pieces, parameter.ds_tensor)
+
+
+def _is_spread(key: str, value: Any, partition: Partition) -> bool:
+    """Whether an entry of the state has a value for every element of the partition."""
+    is_tensor = isinstance(value, torch.Tensor) and key != "step"
+    return is_tensor and value.shape == partition.flat.shape
+
+
+def _shared_value(key: str, value: Any, whole: WholeTensor) -> Any:
+    """What a partition has one of, such as its number of steps, as each of its parameters has it
+    elsewhere: a tensor of its own."""
+    if isinstance(value, bool | str | None):
+        return value
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise LayoutMismatchError(
+            f"{whole.name}: the optimizer's {key} of shape {tuple(value.shape)} is neither one number nor "
+            "one for each element of its partition, so that what belongs to which parameter cannot be "
+            "told; use another optimizer"
+        )
+    return torch.tensor(float(value), dtype=torch.float32)
+
+
+def _one_value(key: str, current: Any, partition: Partition, state: StateByName) -> Any:
+    """The way back, in the type that the optimizer uses; 0 where no parameter has one."""
+    names = [plain_name(whole.name) for whole in partition.wholes]
+    found = {name: state[name][key] for name in names if key in state.get(name, {})}
+    if isinstance(current, bool | str | None):
+        return next(iter(found.values()), current)
+    values = {name: float(value) for name, value in found.items()}
+    distinct = {value: name for name, value in values.items()}
+    if len(distinct) > 1:
+        few = ", ".join(f"{value:g} for {name}" for value, name in sorted(distinct.items())[:4])
+        raise LayoutMismatchError(
+            f"the optimizer's {key} is {few} in the checkpoint, but DeepSpeed steps these parameters as one "
+            "tensor, which has one; give them parameter groups of their own, or load with "
+            "load_optimizer_states=False"
+        )
+    value = next(iter(distinct), 0.0)
+    return current.fill_(value) if isinstance(current, torch.Tensor) else type(current)(value)
+
+
+def _make_state(base: torch.optim.Optimizer, partition: Partition) -> None:
+    """Let the optimizer make its state of one partition, as DeepSpeed steps it: alone. Then all of it
+    is zero."""
+    flat, group = partition.flat, base.param_groups[partition.group_index]
+    groups, params, lr, grad = base.param_groups, group["params"], group["lr"], flat.grad
+    try:
+        base.param_groups = [group]
+        group["params"], group["lr"] = [flat], lr * 0
+        flat.grad = torch.zeros_like(flat)
+        base.step()
+    finally:
+        base.param_groups = groups
+        group["params"], group["lr"], flat.grad = params, lr, grad
+    state = base.state[flat]
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            state[key] = type(value)(0)

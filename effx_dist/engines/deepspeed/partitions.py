@@ -1,0 +1,225 @@
+"""DeepSpeed: which elements of which parameters lie where in the tensors that its optimisers step.
+
+ZeRO lays the parameters of a group one behind the other and cuts the row (stages 1 and 2), or cuts every
+parameter and lays the parts of a sub-group one behind the other (stage 3). Either way the base
+optimiser gets flat tensors without names, with padding in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from effx_dist.errors import LayoutMismatchError
+from effx_dist.shard import (
+    Group,
+    Piece,
+    ShardMap,
+    TorchGroup,
+    WholeTensor,
+    pieces_of_flat_range,
+)
+
+_Placed = list[tuple[WholeTensor, tuple[Piece, ...]]]
+"""Whole parameters, each with what of it lies in one tensor here."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One tensor that the base optimiser steps.
+
+    Attributes:
+        flat: the master weights: 1-D, float32 unless DeepSpeed is told to keep 16-bit masters; the key
+            of the base optimiser's state. Without ZeRO it may be a parameter, in its own shape.
+        group_index: its group in the base optimiser's ``param_groups``, which stage 3 keeps empty
+            between steps.
+        pieces: what lies in ``flat``. Elements that no piece covers are padding.
+        wholes: every parameter that is spread over this partition and those of the same place on the
+            other ranks, in the same order on all of them; this rank may hold nothing of one.
+    """
+
+    flat: torch.Tensor
+    group_index: int
+    pieces: tuple[Piece, ...]
+    wholes: tuple[WholeTensor, ...]
+
+
+def partitions(engine: Any) -> list[Partition]:
+    """The partitions of a DeepSpeedEngine, in the same order on every rank; none where it has no
+    optimiser. No communication is performed.
+
+    Parameters are named as in ``engine.module.named_parameters()``: a tied one once, by its first name.
+    Without ZeRO each parameter is a partition of its own (one per group where DeepSpeed flattens them,
+    under its FP16_Optimizer), and is spread over no group.
+
+    Raises:
+        LayoutMismatchError: the optimiser holds a parameter that the model has not.
+    """
+    found: list[Partition] = []
+    for flat, group_index, placed in _placed(engine):
+        pieces = tuple(piece for _, of_whole in placed for piece in of_whole)
+        found.append(Partition(flat, group_index, pieces, tuple(whole for whole, _ in placed)))
+    return found
+
+
+def wholes(engine: Any) -> tuple[WholeTensor, ...]:
+    """Every parameter that the engine's optimiser trains, in the same order on every rank. No
+    communication is performed.
+    """
+    return tuple(whole for partition in partitions(engine) for whole in partition.wholes)
+
+
+def shard_map_source(engine: Any) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
+    """What tells an optimiser which parameters lie in the partitions that it is stepped with.
+
+    The returned function takes the partitions of any groups or sub-groups, in any order, the same on
+    every rank; it raises LayoutMismatchError for a tensor that is none. No communication is performed.
+    """
+    known: dict[int, Partition] = {}
+
+    def draw(params: Sequence[torch.Tensor]) -> ShardMap:
+        if not all(id(param) in known for param in params):
+            known.update({id(found.flat): found for found in partitions(engine)})
+        held = [_known(known, index, param) for index, param in enumerate(params)]
+        return ShardMap(
+            [whole for partition in held for whole in partition.wholes],
+            [partition.pieces for partition in held],
+        )
+
+    return draw
+
+
+def _known(known: dict[int, Partition], index: int, param: torch.Tensor) -> Partition:
+    if id(param) not in known:
+        raise LayoutMismatchError(
+            f"parameter {index} of the optimiser, of shape {tuple(param.shape)}, is no partition of this "
+            "DeepSpeed engine; step it through engine.step() alone, and make one engine per optimiser"
+        )
+    return known[id(param)]
+
+
+def _placed(engine: Any) -> Iterator[tuple[torch.Tensor, int, _Placed]]:
+    """Each tensor that is stepped, the index of its group, and what lies in it."""
+    optimizer = engine.optimizer
+    name_of = _Names(engine)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from _of_sub_groups(optimizer, name_of)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        # Not their _hp_mapping, which DeepSpeed draws as if round_robin_gradients were off.
+        flats, groups = (
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.round_robin_bit16_groups,
+        )
+        yield from _of_cut_rows(
+            optimizer, flats, groups, optimizer.round_robin_bit16_offsets, name_of
+        )
+    elif isinstance(optimizer, BF16_Optimizer):
+        flats, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+        offsets = [list(accumulate([p.numel() for p in params], initial=0)) for params in groups]
+        yield from _of_cut_rows(optimizer, flats, groups, offsets, name_of)
+    elif isinstance(optimizer, FP16_Optimizer):
+        rows = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+        for index, (flat, params) in enumerate(rows):
+            yield flat, index, _one_behind_the_other(params, name_of)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        groups = zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)
+        for index, (masters, params) in enumerate(groups):
+            for master, param in zip(masters, params, strict=True):
+                yield master, index, _one_behind_the_other([param], name_of)
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        for index, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                if param.requires_grad:
+                    yield param, index, _one_behind_the_other([param], name_of)
+
+
+def _of_cut_rows(
+    zero: Any,
+    flats: Sequence[torch.Tensor],
+    groups: Sequence[Sequence[torch.Tensor]],
+    offsets: Sequence[Sequence[int]],
+    name_of: _Names,
+) -> Iterator[tuple[torch.Tensor, int, _Placed]]:
+    """Stages 1 and 2, and BF16_Optimizer: rows of parameters, each ``offsets`` into its row, that are cut
+    into one part per rank.
+    """
+    rows = zip(flats, groups, offsets, zero.real_dp_process_group, strict=True)
+    for index, (flat, params, starts, process_group) in enumerate(rows):
+        spread_over = _spread_over(process_group)
+        here = flat.numel() * dist.get_rank(process_group)
+        placed: _Placed = []
+        for param, at in zip(params, starts, strict=False):
+            whole = WholeTensor(name_of[param], tuple(param.shape), spread_over)
+            start = min(max(here - at, 0), whole.numel)
+            stop = min(max(here + flat.numel() - at, 0), whole.numel)
+            local_start = at + start - here
+            placed.append((whole, pieces_of_flat_range(whole, start, stop, local_start)))
+        yield flat, index, placed
+
+
+def _of_sub_groups(zero: Any, name_of: _Names) -> Iterator[tuple[torch.Tensor, int, _Placed]]:
+    """Stage 3: each rank has an equal part of every parameter, the last ones with padding at their end."""
+    rows = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+    for sub_group, (flat, params) in enumerate(rows):
+        placed: _Placed = []
+        local_start = 0
+        for param in params:
+            placed.append(partition_of_param(param, name_of[param], local_start))
+            local_start += param.partition_numel()
+        yield flat, zero.sub_group_to_group_id[sub_group], placed
+
+
+def partition_of_param(
+    param: Any, name: str, local_start: int = 0
+) -> tuple[WholeTensor, tuple[Piece, ...]]:
+    """A parameter that stage 3 has cut, and the pieces of this rank's part of it, which lies from
+    ``local_start`` on in some tensor. No communication is performed.
+    """
+    process_group = param.ds_process_group
+    whole = WholeTensor(name, tuple(param.ds_shape), _spread_over(process_group))
+    part = param.partition_numel()
+    start = min(part * dist.get_rank(process_group), whole.numel)
+    stop = min(start + part, whole.numel)
+    return whole, pieces_of_flat_range(whole, start, stop, local_start)
+
+
+def _one_behind_the_other(params: Sequence[torch.Tensor], name_of: _Names) -> _Placed:
+    """Whole parameters, without padding."""
+    placed: _Placed = []
+    local_start = 0
+    for param in params:
+        whole = WholeTensor(name_of[param], tuple(param.shape))
+        placed.append((whole, pieces_of_flat_range(whole, 0, whole.numel, local_start)))
+        local_start += whole.numel
+    return placed
+
+
+def _spread_over(process_group: dist.ProcessGroup) -> tuple[Group, ...]:
+    group = TorchGroup(process_group)
+    return (group,) if group.size > 1 else ()
+
+
+class _Names:
+    """Parameters' names, as the engine has them from the model that it was given."""
+
+    def __init__(self, engine: Any) -> None:
+        self._names: dict[torch.Tensor, str] = engine.param_names
+
+    def __getitem__(self, param: torch.Tensor) -> str:
+        if param not in self._names:
+            shape = tuple(getattr(param, "ds_shape", param.shape))
+            raise LayoutMismatchError(
+                f"a parameter of shape {shape} is optimised that model.named_parameters() has not; "
+                "give deepspeed.initialize a model that holds all of model_parameters"
+            )
+        return self._names[param]
