@@ -1,6 +1,7 @@
 """The plumbing of the loop, and the held-out loss, on one process."""
 
 import math
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effx_dist.checkpoint import PendingSave
+from effx_dist.checkpoint.manifest import Figures
+from effx_dist.checkpoint.saver import SaveResult
 from effx_dist.errors import ConfigError, RankFailedError
 from effx_dist.report.run_log import read_run
 from launch.llama import loop
@@ -65,35 +69,30 @@ def test_resume_setting_chooses_the_step() -> None:
         step(40, "never")
 
 
-class Pending:
-    """A save as the loop sees it."""
-
-    raw_bytes, stored_bytes, ratio, run_ratio, blocked_s, write_s = 700, 10, 70.0, 60.0, 0.1, 0.2
-    error = 0.01
-    skipped = False
-
-    def __init__(self, is_done: bool, failure: Exception | None = None) -> None:
-        self.is_done, self.failure = is_done, failure
-
-    def done(self) -> bool:
-        return self.is_done
-
-    def wait(self) -> None:
-        if self.failure:
-            raise self.failure
+def save_of(step: int) -> SaveResult:
+    """What a committed save came to."""
+    sizes = {"raw_bytes": 700, "stored_bytes": 10, "run_raw_bytes": 1200, "run_stored_bytes": 20}
+    figures = Figures.model_validate({**sizes, "saves_since_base": 0, "error": 0.01})
+    return SaveResult(step, "base", figures, write_s=0.2)
 
 
 def test_finished_saves_are_logged_and_failed_ones_do_not_end_the_run(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, rank=0, num_epochs=1, tensorboard=False)
     full = RankFailedError({1: "the disk is full"})
-    saves: Any = [(10, Pending(True)), (20, Pending(True, full)), (30, Pending(False))]
+    ends: dict[int, Future[SaveResult]] = {step: Future() for step in (10, 20, 30)}
+    saves = [(step, PendingSave(step, end, blocked_s=0.1)) for step, end in ends.items()]
+    ends[10].set_result(save_of(10))
+    ends[20].set_exception(full)
     loop.log_finished_saves(saves, metrics)
     assert [step for step, _ in saves] == [30]
+    ends[30].set_result(save_of(30))
     loop.log_finished_saves(saves, metrics, wait=True)
     assert not saves
     metrics.close()
     records = read_run(tmp_path)
     assert records.series("effx/checkpoint/ratio") == [(10, 70.0), (30, 70.0)]
+    assert records.series("effx/checkpoint/run_ratio") == [(10, 60.0), (30, 60.0)]
+    assert records.series("effx/checkpoint/blocked_s") == [(10, 0.1), (30, 0.1)]
     (failed,) = records.events_of("checkpoint_failed")
     assert failed.fields["step"] == 20
     assert "the disk is full" in failed.fields["error"]

@@ -181,10 +181,7 @@ def log_finished_saves(saves: Saves, metrics: Metrics, wait: bool = False) -> No
             metrics.event("checkpoint_failed", step=step, error=str(error))
             metrics.say(f"step {step}: the checkpoint failed, training goes on: {error}")
             continue
-        names = ("raw_bytes", "stored_bytes", "ratio", "run_ratio", "blocked_s", "write_s", "error")
-        values = {f"effx/checkpoint/{name}": getattr(pending, name) for name in names}
-        known = {name: float(value) for name, value in values.items() if value is not None}
-        metrics.log(step, known)
+        metrics.log(step, pending.metrics())
 
 
 def _synchronize(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from effx_dist.config import EffxConfig
+from effx_dist.config import EffxConfig, InfoBatchConfig
 from effx_dist.errors import ConfigError
 
 
@@ -148,12 +148,7 @@ class RunSettings(Section):
 
         Raises ConfigError, naming the file and the key, for anything that cannot be used.
         """
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path}: no such settings file") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        table = read_table(path)
         for override in overrides:
             apply_override(table, override)
         return cls.from_dict(table, origin=str(path))
@@ -182,9 +177,29 @@ class RunSettings(Section):
                 )
         return EffxConfig.from_dict(table)
 
+    def infobatch_config(self) -> InfoBatchConfig:
+        """The `effx.infobatch` section; switched off or absent, one that takes every sample."""
+        config = self.effx_config().infobatch
+        if config is None:
+            train = self.train
+            config = InfoBatchConfig(num_epochs=train.num_epochs, seed=train.seed, enabled=False)
+        if config.enabled:
+            return config
+        return config.model_copy(update={"enabled": True, "prune_ratio": 0.0})
+
     def to_toml(self) -> str:
         """The resolved settings, such that `from_file` of them gives the same run."""
         return to_toml(self.model_dump())
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, unchecked; ConfigError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such settings file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
 
 def refuse_unknown_keys(section: type[BaseModel], table: Mapping[str, Any], origin: str) -> None:

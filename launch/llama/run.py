@@ -1,0 +1,139 @@
+"""One run but for its engine: what is measured, said, evaluated and recorded while it trains."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import effx_dist as effx
+from effx_dist.data.metrics import infobatch_metrics
+from effx_dist.optim.metrics import cautious_metrics
+from launch.llama import loop
+from launch.llama.blocks import prepare
+from launch.llama.evaluate import held_out_loss
+from launch.llama.metrics import Metrics
+from launch.llama.settings import RunSettings
+
+Batch = dict[str, torch.Tensor]
+
+
+class Run(ABC):
+    """What the training scripts have in common; each adds its engine, its step and its checkpoints.
+
+    The ranks have found each other before it is made: preparing the data is a collective.
+    """
+
+    model: nn.Module
+    """What computes logits, sharded or not."""
+    sampler: effx.InfoBatchSampler
+
+    def __init__(
+        self, settings: RunSettings, run_dir: Path, device: torch.device, log_samples: bool
+    ) -> None:
+        self.settings, train = settings, settings.train
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        torch.manual_seed(train.seed)
+        self.accumulation = loop.accumulation_steps(train, self.world)
+        cache_dir = Path(settings.data.cache_dir or run_dir / "data")
+        self.data = prepare(settings.data, settings.model.vocab_size, cache_dir)
+        self.step = self.samples = self.last_saved = 0
+        self.saves: loop.Saves = []
+        self.meter = loop.StepMeter(device)
+        self.metrics = Metrics(run_dir, self.rank, train.num_epochs, settings.log.tensorboard)
+        self.record = loop.SampleRecord(run_dir, self.rank, log_samples)
+        self.metrics.event("start", world_size=self.world, settings=settings.model_dump())
+
+    @property
+    @abstractmethod
+    def lr(self) -> float:
+        """The learning rate as it stands."""
+
+    @property
+    @abstractmethod
+    def alignment(self) -> Mapping[Any, float] | None:
+        """What a cautious optimizer calls so; None of another."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Begin a checkpoint, unless there is one of this step."""
+
+    def is_cut_short(self) -> bool:
+        """Whether `max_steps` are done."""
+        return 0 < self.settings.train.max_steps <= self.step
+
+    def say_resumed(self) -> None:
+        """Record that the run goes on from the checkpoint of `step`."""
+        self.last_saved = self.step
+        self.metrics.event("resume", step=self.step, world_size=self.world)
+        self.metrics.say(f"resumed from step {self.step} on {self.world} rank(s)")
+
+    def say_plan(self, epoch: int) -> None:
+        """Record what InfoBatch keeps of this epoch; after a resume within it, again as an event."""
+        planned = len(self.sampler) * self.world
+        self.metrics.event("epoch", epoch=epoch, step=self.step, planned_samples=planned)
+        if self.sampler.position:
+            return
+        self.metrics.log(self.step, infobatch_metrics(self.sampler), self.samples)
+        self.metrics.say(f"epoch {epoch}: {self.sampler.kept_fraction:.1%} of the samples")
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether `step` is one whose measurements are logged."""
+        return self.step % self.settings.log.every_steps == 0
+
+    def after_step(self, epoch: int, batches: list[Batch]) -> None:
+        """Record the samples of a step that was taken, and do what is done every so many steps."""
+        settings = self.settings
+        self.record.write(self.step, epoch, (batch["sample_id"] for batch in batches))
+        if self.is_logged:
+            self.log_step()
+        if settings.eval.every_steps and self.step % settings.eval.every_steps == 0:
+            self.evaluate()
+        every_steps = settings.checkpoint.every_steps
+        if every_steps and self.step % every_steps == 0:
+            self.save()
+        loop.log_finished_saves(self.saves, self.metrics)
+
+    def log_step(self) -> None:
+        """Record and show the mean of the steps since the last time."""
+        values = self.meter.report()
+        values["lr"] = self.lr
+        values["epoch"] = float(self.sampler.progress)
+        values |= cautious_metrics(self.alignment)
+        self.metrics.log(self.step, values, self.samples)
+        self.metrics.show(
+            values["epoch"],
+            f"step {self.step}  loss {values['train/loss']:.4f}  lr {values['lr']:.1e}  "
+            f"{values['tokens_per_s']:,.0f} tokens/s",
+        )
+
+    def evaluate(self) -> None:
+        """Loss on the held-out documents."""
+        with self.meter.not_counted():
+            loss = held_out_loss(
+                self.model, self.data.held_out, self.settings.eval.batch_size, self.device
+            )
+        self.metrics.log(self.step, {"eval/loss": loss}, self.samples)
+        self.metrics.say(f"step {self.step}: held-out loss {loss:.4f}")
+
+    def finish(self) -> None:
+        """Take the last checkpoint and the last evaluation, and see both written."""
+        if self.meter.num_losses:
+            self.log_step()
+        if self.settings.checkpoint.every_steps:
+            self.save()
+        self.evaluate()
+        loop.log_finished_saves(self.saves, self.metrics, wait=True)
+        self.close()
+        self.metrics.event("end", step=self.step, samples=self.samples)
+        self.metrics.close()
+        self.record.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what the engine holds; raises where the last checkpoint failed."""

@@ -1,0 +1,211 @@
+"""The DeepSpeed script: started by each launcher, killed, and resumed on other ranks and at another stage."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from effx_dist.report.run_log import RunRecords, read_run
+from launch.processes import Job, run_to_end, run_until, torchrun
+from launch.resume_check import GlobalBatch, check_resume, read_global_batches
+from tests.deepspeed_runs import merged, needs_deepspeed
+
+needs_llama = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+pytestmark = [needs_deepspeed, needs_llama, pytest.mark.deepspeed, pytest.mark.ranks]
+
+SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_deepspeed.py"
+BIN = Path(sys.executable).parent
+MPIRUN = shutil.which("mpirun", path=str(BIN)) or shutil.which("mpirun")
+STEPS_PAST_CHECKPOINT = 2
+SETTINGS = """
+[model]
+hidden_size = 32
+intermediate_size = 64
+num_layers = 2
+num_heads = 2
+vocab_size = 288
+[data]
+source = "{source}"
+seq_len = 16
+heldout_fraction = 0.2
+max_samples = 200
+max_heldout_samples = 13
+cache_dir = "{cache}"
+[train]
+num_epochs = 5
+global_batch_size = 8
+micro_batch_size = 2
+lr = 3e-3
+warmup_epochs = 0.2
+seed = 5
+[eval]
+every_steps = 5
+batch_size = 1
+[log]
+every_steps = 2
+tensorboard = false
+[checkpoint]
+every_steps = 6
+"""
+ENGINE = {
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.05}},
+    "effx": {"infobatch": {"delta": 0.7}, "cautious": {}, "excp": {"profile": "lossless"}},
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the runs of this module are, and their settings."""
+
+    folder: Path
+
+    def config_of(self, stage: int) -> Path:
+        path = self.folder / f"zero{stage}.json"
+        path.write_text(json.dumps(merged(ENGINE, {"zero_optimization": {"stage": stage}})))
+        return path
+
+    def job(self, launcher: Sequence[str], name: str, stage: int) -> Job:
+        """A start of the script in the folder `name`; what it prints goes to a log beside it."""
+        arguments = ["--deepspeed", "--deepspeed_config", str(self.config_of(stage))]
+        arguments += ["--config", str(self.folder / "settings.toml"), "--log-samples"]
+        command = [*launcher, str(SCRIPT), *arguments, "--run-dir", str(self.folder / name)]
+        env = {"MASTER_PORT": str(free_port())} if launcher[0] == MPIRUN else {}
+        return Job(name, command, self.folder / f"{name}-zero{stage}.log", env)
+
+    def run(self, launcher: Sequence[str], name: str, stage: int) -> RunRecords:
+        job = self.job(launcher, name, stage)
+        run_to_end(job, self.folder / name / "run.jsonl", lambda: None)
+        return read_run(self.folder / name)
+
+    def batches(self, name: str) -> dict[int, GlobalBatch]:
+        return read_global_batches(sorted((self.folder / name).glob("samples.rank-*.jsonl")))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def by_deepspeed(num_ranks: int) -> list[str]:
+    port = str(free_port())
+    return [str(BIN / "deepspeed"), "--master_port", port, "--num_gpus", str(num_ranks)]
+
+
+def by_torchrun(num_ranks: int) -> list[str]:
+    return torchrun(sys.executable, num_ranks, SCRIPT, [])[:-1]
+
+
+def by_mpirun(num_ranks: int) -> list[str]:
+    assert MPIRUN is not None
+    return [MPIRUN, "-n", str(num_ranks), sys.executable]
+
+
+def committed_steps(run_dir: Path) -> list[int]:
+    manifests = (run_dir / "checkpoints").glob("global_step*/manifest.json")
+    return [int(path.parent.name.removeprefix("global_step")) for path in manifests]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("launch_deepspeed")
+    (folder / "texts").mkdir()
+    words = random.Random(3)
+    for number in range(40):
+        text = " ".join(f"{words.choice('abcdef')}{words.randrange(50)}" for _ in range(80))
+        (folder / "texts" / f"{number:02}.txt").write_text(text)
+    settings = SETTINGS.format(source=folder / "texts", cache=folder / "cache")
+    (folder / "settings.toml").write_text(settings)
+    return Files(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(files: Files) -> RunRecords:
+    """The uninterrupted run, on 2 ranks at stage 2; by mpirun where there is one."""
+    launcher = by_mpirun if MPIRUN else by_torchrun
+    return files.run(launcher(2), "whole", stage=2)
+
+
+@pytest.fixture(scope="module")
+def killed(files: Files) -> dict[int, GlobalBatch]:
+    """A run by DeepSpeed's launcher, on 2 ranks at stage 3, killed within an epoch that is pruned,
+    some steps after a checkpoint of it; the samples of its steps."""
+    run_dir = files.folder / "killed"
+
+    def is_enough() -> bool:
+        batches = files.batches("killed")
+        committed = max(committed_steps(run_dir), default=0)
+        if committed not in batches:
+            return False
+        last = max(batches)
+        is_within = batches[committed].epoch == batches[last].epoch >= 1
+        return is_within and last >= committed + STEPS_PAST_CHECKPOINT
+
+    job = files.job(by_deepspeed(2), "killed", stage=3)
+    run_until(job, run_dir / "run.jsonl", lambda: None, is_enough)
+    before = files.batches("killed")
+    for file in run_dir.glob("samples.rank-*.jsonl"):
+        file.unlink()
+    return before
+
+
+def check_continuation(
+    files: Files, whole: RunRecords, before: dict[int, GlobalBatch], name: str, parts: RunRecords
+) -> None:
+    """What was resumed went on as if nothing had happened."""
+    order, after = files.batches("whole"), files.batches(name)
+    (resumed,) = parts.events_of("resume")
+    restored = int(resumed.fields["step"])
+    epoch = before[restored].epoch
+    planned = sum(len(batch.ids) for batch in order.values() if batch.epoch == epoch)
+    assert planned < 200 or epoch == 4  # pruned, but in the last epoch
+    assert check_resume(before, after, restored, planned).is_good
+    assert min(after) == restored + 1
+    kept = {step: batch for step, batch in before.items() if step <= restored}
+    assert {**kept, **after} == order
+    assert dict(parts.series("train/loss")) == pytest.approx(
+        dict(whole.series("train/loss")), abs=2e-3
+    )
+    assert dict(parts.series("lr")) == pytest.approx(dict(whole.series("lr")))
+    assert parts.records[-1].samples == whole.records[-1].samples
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich brings one")
+def test_mpirun_trains_with_all_three_techniques(whole: RunRecords) -> None:
+    losses = [value for _, value in whole.series("eval/loss")]
+    assert losses[-1] < losses[0] < 5.8  # the loss of guessing among 288 ids is 5.66
+    assert min(value for _, value in whole.series("effx/infobatch/kept_fraction")) < 1
+    assert all(0 < value < 1 for _, value in whole.series("effx/cautious/alignment"))
+    assert all(value > 1 for _, value in whole.series("effx/checkpoint/ratio"))
+    assert whole.events[0].fields["world_size"] == 2
+
+
+def test_killed_under_zero3_goes_on_at_stage_1_on_1_rank(
+    files: Files, whole: RunRecords, killed: dict[int, GlobalBatch]
+) -> None:
+    shutil.copytree(files.folder / "killed", files.folder / "on1")
+    parts = files.run(by_torchrun(1), "on1", stage=1)
+    check_continuation(files, whole, killed, "on1", parts)
+    assert parts.latest("eval/loss") == pytest.approx(whole.latest("eval/loss"), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_killed_under_zero3_goes_on_on_4_ranks(
+    files: Files, whole: RunRecords, killed: dict[int, GlobalBatch]
+) -> None:
+    shutil.copytree(files.folder / "killed", files.folder / "on4")
+    parts = files.run(by_deepspeed(4), "on4", stage=3)
+    check_continuation(files, whole, killed, "on4", parts)
