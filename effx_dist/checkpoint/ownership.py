@@ -8,6 +8,7 @@ finds that out before it commits or deletes anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -42,7 +43,8 @@ class Ownership:
         if self.is_taken:
             return
         if not self.folder.is_folder(follow_link=True):
-            self.folder.make()
+            with contextlib.suppress(FileExistsError):  # another job has just made it
+                self.folder.make()
         started = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"host": socket.gethostname(), "pid": os.getpid(), "first_save": started}
         content = json.dumps({"id": self.id, **about})
