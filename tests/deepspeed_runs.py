@@ -107,10 +107,12 @@ def whole_tensors(
     """By name, what ``of_partition`` gives of each partition, put together from all ranks. Every element is
     on one rank alone, or on all of them where nothing is spread. Collective.
     """
-    from effx_dist.engines.deepspeed.partitions import partitions, wholes
+    from effx_dist.engines.deepspeed.partitions import partitions
 
     held: list[tuple[str, Any, torch.Tensor]] = []
+    wholes: list[Any] = []
     for partition in partitions(engine):
+        wholes += partition.wholes
         flat = of_partition(partition)
         if flat is not None:
             held += [(p.whole.name, p.box, p.view(flat.detach()).clone()) for p in partition.pieces]
@@ -118,7 +120,7 @@ def whole_tensors(
     dist.all_gather_object(of_ranks, held)
     found: dict[str, torch.Tensor] = {}
     times: dict[str, torch.Tensor] = {}
-    for whole in wholes(engine):
+    for whole in wholes:
         found[whole.name] = torch.full(whole.shape, torch.nan)
         times[whole.name] = torch.zeros(whole.shape)
     for name, box, values in [piece for of_rank in of_ranks for piece in of_rank]:
@@ -128,7 +130,7 @@ def whole_tensors(
         found[name] = found[name].to(values.dtype)
         found[name][place] = values
         times[name][place] += 1
-    for whole in wholes(engine):
+    for whole in wholes:
         expected = 1 if whole.groups else dist.get_world_size()
         given = times[whole.name]
         assert given.eq(expected).all() or not given.any(), f"{whole.name}: held {given} times"

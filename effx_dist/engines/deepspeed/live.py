@@ -52,9 +52,9 @@ class ZeroState(LiveState):
     def model_state(self) -> dict[str, Any]:
         module = self._engine.module
         masters = {
-            plain_name(whole.name): _fragment(whole, partition.pieces, partition.flat)
+            plain_name(whole.name): _fragment(whole, pieces, partition.flat)
             for partition in self._partitions
-            for whole in partition.wholes
+            for whole, pieces in partition.placed
         }
         found: dict[str, Any] = {}
         parameters = {plain_name(raw): p for raw, p in module.named_parameters()}
@@ -136,10 +136,10 @@ class ZeroState(LiveState):
         found: StateByName = {}
         for partition in self._partitions:
             for key, value in self._state_of(partition).items():
-                for whole in partition.wholes:
+                for whole, pieces in partition.placed:
                     of_whole = found.setdefault(plain_name(whole.name), {})
                     if _is_spread(key, value, partition):
-                        of_whole[key] = _fragment(whole, partition.pieces, value)
+                        of_whole[key] = _fragment(whole, pieces, value)
                     else:
                         of_whole[key] = _shared_value(key, value, whole)
         return found
@@ -147,7 +147,7 @@ class ZeroState(LiveState):
 
 def _fragment(whole: WholeTensor, pieces: tuple[Piece, ...], local: torch.Tensor) -> Fragment:
     local = local.detach()
-    parts = [(p.box, p.view(local)) for p in pieces if p.whole.name == whole.name]
+    parts = [(piece.box, piece.view(local)) for piece in pieces]
     if not whole.numel:  # nobody holds a piece of it; one rank writes its shape
         parts = [(whole_box(whole.shape), local.new_empty(whole.shape))]
     return Fragment(whole.shape, local.dtype, parts)

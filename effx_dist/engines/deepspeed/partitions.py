@@ -30,7 +30,7 @@ from effx_dist.shard import (
     pieces_of_flat_range,
 )
 
-_Placed = list[tuple[WholeTensor, tuple[Piece, ...]]]
+Placed = list[tuple[WholeTensor, tuple[Piece, ...]]]
 """Whole parameters, each with what of it lies in one tensor here."""
 
 
@@ -43,15 +43,24 @@ class Partition:
             of the base optimiser's state. Without ZeRO it may be a parameter, in its own shape.
         group_index: its group in the base optimiser's ``param_groups``, which stage 3 keeps empty
             between steps.
-        pieces: what lies in ``flat``. Elements that no piece covers are padding.
-        wholes: every parameter that is spread over this partition and those of the same place on the
-            other ranks, in the same order on all of them; this rank may hold nothing of one.
+        placed: every parameter that is spread over this partition and those of the same place on the
+            other ranks, in the same order on all of them, each with its pieces in ``flat``; this rank
+            may hold nothing of one. Elements that no piece covers are padding.
     """
 
     flat: torch.Tensor
     group_index: int
-    pieces: tuple[Piece, ...]
-    wholes: tuple[WholeTensor, ...]
+    placed: Placed
+
+    @property
+    def wholes(self) -> tuple[WholeTensor, ...]:
+        """The parameters."""
+        return tuple(whole for whole, _ in self.placed)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All that lies in ``flat``."""
+        return tuple(piece for _, of_whole in self.placed for piece in of_whole)
 
 
 def partitions(engine: Any) -> list[Partition]:
@@ -65,18 +74,7 @@ def partitions(engine: Any) -> list[Partition]:
     Raises:
         LayoutMismatchError: the optimiser holds a parameter that the model has not.
     """
-    found: list[Partition] = []
-    for flat, group_index, placed in _placed(engine):
-        pieces = tuple(piece for _, of_whole in placed for piece in of_whole)
-        found.append(Partition(flat, group_index, pieces, tuple(whole for whole, _ in placed)))
-    return found
-
-
-def wholes(engine: Any) -> tuple[WholeTensor, ...]:
-    """Every parameter that the engine's optimiser trains, in the same order on every rank. No
-    communication is performed.
-    """
-    return tuple(whole for partition in partitions(engine) for whole in partition.wholes)
+    return list(_partitions(engine))
 
 
 def shard_map_source(engine: Any) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
@@ -108,8 +106,7 @@ def _known(known: dict[int, Partition], index: int, param: torch.Tensor) -> Part
     return known[id(param)]
 
 
-def _placed(engine: Any) -> Iterator[tuple[torch.Tensor, int, _Placed]]:
-    """Each tensor that is stepped, the index of its group, and what lies in it."""
+def _partitions(engine: Any) -> Iterator[Partition]:
     optimizer = engine.optimizer
     name_of = _Names(engine)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -130,17 +127,17 @@ def _placed(engine: Any) -> Iterator[tuple[torch.Tensor, int, _Placed]]:
     elif isinstance(optimizer, FP16_Optimizer):
         rows = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
         for index, (flat, params) in enumerate(rows):
-            yield flat, index, _one_behind_the_other(params, name_of)
+            yield Partition(flat, index, _one_behind_the_other(params, name_of))
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
         groups = zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)
         for index, (masters, params) in enumerate(groups):
             for master, param in zip(masters, params, strict=True):
-                yield master, index, _one_behind_the_other([param], name_of)
+                yield Partition(master, index, _one_behind_the_other([param], name_of))
     elif isinstance(optimizer, torch.optim.Optimizer):
         for index, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if param.requires_grad:
-                    yield param, index, _one_behind_the_other([param], name_of)
+                    yield Partition(param, index, _one_behind_the_other([param], name_of))
 
 
 def _of_cut_rows(
@@ -149,7 +146,7 @@ def _of_cut_rows(
     groups: Sequence[Sequence[torch.Tensor]],
     offsets: Sequence[Sequence[int]],
     name_of: _Names,
-) -> Iterator[tuple[torch.Tensor, int, _Placed]]:
+) -> Iterator[Partition]:
     """Stages 1 and 2, and BF16_Optimizer: rows of parameters, each ``offsets`` into its row, that are cut
     into one part per rank.
     """
@@ -157,26 +154,26 @@ def _of_cut_rows(
     for index, (flat, params, starts, process_group) in enumerate(rows):
         spread_over = _spread_over(process_group)
         here = flat.numel() * dist.get_rank(process_group)
-        placed: _Placed = []
+        placed: Placed = []
         for param, at in zip(params, starts, strict=False):
             whole = WholeTensor(name_of[param], tuple(param.shape), spread_over)
             start = min(max(here - at, 0), whole.numel)
             stop = min(max(here + flat.numel() - at, 0), whole.numel)
             local_start = at + start - here
             placed.append((whole, pieces_of_flat_range(whole, start, stop, local_start)))
-        yield flat, index, placed
+        yield Partition(flat, index, placed)
 
 
-def _of_sub_groups(zero: Any, name_of: _Names) -> Iterator[tuple[torch.Tensor, int, _Placed]]:
+def _of_sub_groups(zero: Any, name_of: _Names) -> Iterator[Partition]:
     """Stage 3: each rank has an equal part of every parameter, the last ones with padding at their end."""
     rows = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
     for sub_group, (flat, params) in enumerate(rows):
-        placed: _Placed = []
+        placed: Placed = []
         local_start = 0
         for param in params:
             placed.append(partition_of_param(param, name_of[param], local_start))
             local_start += param.partition_numel()
-        yield flat, zero.sub_group_to_group_id[sub_group], placed
+        yield Partition(flat, zero.sub_group_to_group_id[sub_group], placed)
 
 
 def partition_of_param(
@@ -193,9 +190,9 @@ def partition_of_param(
     return whole, pieces_of_flat_range(whole, start, stop, local_start)
 
 
-def _one_behind_the_other(params: Sequence[torch.Tensor], name_of: _Names) -> _Placed:
+def _one_behind_the_other(params: Sequence[torch.Tensor], name_of: _Names) -> Placed:
     """Whole parameters, without padding."""
-    placed: _Placed = []
+    placed: Placed = []
     local_start = 0
     for param in params:
         whole = WholeTensor(name_of[param], tuple(param.shape))
