@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import random
 import shutil
 import socket
 import sys
@@ -17,6 +16,7 @@ import pytest
 from effx_dist.report.run_log import RunRecords, read_run
 from launch.processes import Job, run_to_end, run_until, torchrun
 from launch.resume_check import GlobalBatch, check_resume, read_global_batches
+from tests import small_llama
 from tests.deepspeed_runs import merged, needs_deepspeed
 
 needs_llama = pytest.mark.skipif(
@@ -28,36 +28,6 @@ SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_deepspeed.py"
 BIN = Path(sys.executable).parent
 MPIRUN = shutil.which("mpirun", path=str(BIN)) or shutil.which("mpirun")
 STEPS_PAST_CHECKPOINT = 2
-SETTINGS = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_layers = 2
-num_heads = 2
-vocab_size = 288
-[data]
-source = "{source}"
-seq_len = 16
-heldout_fraction = 0.2
-max_samples = 200
-max_heldout_samples = 13
-cache_dir = "{cache}"
-[train]
-num_epochs = 5
-global_batch_size = 8
-micro_batch_size = 2
-lr = 3e-3
-warmup_epochs = 0.2
-seed = 5
-[eval]
-every_steps = 5
-batch_size = 1
-[log]
-every_steps = 2
-tensorboard = false
-[checkpoint]
-every_steps = 6
-"""
 ENGINE = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.05}},
@@ -122,12 +92,10 @@ def committed_steps(run_dir: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("launch_deepspeed")
-    (folder / "texts").mkdir()
-    words = random.Random(3)
-    for number in range(40):
-        text = " ".join(f"{words.choice('abcdef')}{words.randrange(50)}" for _ in range(80))
-        (folder / "texts" / f"{number:02}.txt").write_text(text)
-    settings = SETTINGS.format(source=folder / "texts", cache=folder / "cache")
+    texts = small_llama.write_texts(folder / "texts", num_texts=40, num_words=80)
+    settings = small_llama.settings(
+        texts, max_samples=200, num_epochs=5, eval_every_steps=5, eval_batch_size=1
+    )
     (folder / "settings.toml").write_text(settings)
     return Files(folder)
 

@@ -1,6 +1,5 @@
 """The script that users run, started as they start it."""
 
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,44 +10,11 @@ from effx_dist.report.run_log import RunRecords, read_run
 from launch import pretrain_llama_fsdp2
 from launch.processes import torchrun
 from launch.resume_check import check_resume, read_global_batches
+from tests import small_llama
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_fsdp2.py"
 STOP_STEP = 18
-SETTINGS = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_layers = 2
-num_heads = 2
-vocab_size = 288
-
-[data]
-source = "{source}"
-seq_len = 16
-heldout_fraction = 0.2
-max_samples = 96
-max_heldout_samples = 13
-cache_dir = "{cache}"
-
-[train]
-num_epochs = 3
-global_batch_size = 8
-micro_batch_size = 2
-lr = 3e-3
-warmup_epochs = 0.2
-seed = 5
-
-[eval]
-every_steps = 12
-batch_size = 4
-
-[log]
-every_steps = 2
-tensorboard = false
-
-[checkpoint]
-every_steps = 6
-
+TECHNIQUES = """
 [effx.infobatch]
 num_epochs = 3
 delta = 0.7
@@ -60,13 +26,13 @@ profile = "lossless"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    words = random.Random(3)
-    for number in range(30):
-        text = " ".join(f"{words.choice('abcdef')}{words.randrange(50)}" for _ in range(60))
-        (folder / f"{number:02}.txt").write_text(text)
-    path = folder.parent / "settings.toml"
-    path.write_text(SETTINGS.format(source=folder, cache=folder.parent / "cache"))
+    folder = tmp_path_factory.mktemp("launch_fsdp2")
+    texts = small_llama.write_texts(folder / "texts", num_texts=30, num_words=60)
+    path = folder / "settings.toml"
+    settings = small_llama.settings(
+        texts, max_samples=96, num_epochs=3, eval_every_steps=12, eval_batch_size=4
+    )
+    path.write_text(settings + TECHNIQUES)
     return path
 
 
