@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from effx_dist.errors import ConfigError
-from effx_dist.shard import Group
+from effx_dist.shard import Group, SoloGroup
 from effx_dist.shard.group import ReduceOp
 
 T = TypeVar("T")
@@ -35,3 +35,8 @@ class DetachedGroup(Group):
             f"group: this sampler was unpickled and has lost its group of {self.size} ranks; it can finish its epoch, "
             "but not plan or save. Make a new one with group=... and load_state_dict into it"
         )
+
+
+def detached(group: Group) -> Group:
+    """What stands in for ``group`` in a copy: one process alone is its own."""
+    return group if isinstance(group, SoloGroup) else DetachedGroup(group.rank, group.size)

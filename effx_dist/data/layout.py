@@ -90,6 +90,16 @@ class Ranks:
         batches = Batches(batch_size, num_accumulated, group.rank, group.size)
         return cls(group, Owners(num_samples, group.size), batches)
 
+    def check_that_a_batch_is_filled(self) -> None:
+        """Raises ConfigError where the samples are fewer than one global batch. No communication is performed."""
+        batches, num_samples = self.batches, self.owners.num_samples
+        if num_samples < batches.global_batch:
+            raise ConfigError(
+                f"num_samples={num_samples}: must be at least one global batch of {batches.global_batch} (batch_size "
+                f"{batches.batch_size} x {batches.num_accumulated} accumulated x {batches.size} ranks) with "
+                "drop_last=True; use smaller batches, or drop_last=False"
+            )
+
     @property
     def owned_start(self) -> int:
         """First id whose score this rank owns."""

@@ -13,15 +13,16 @@ class EffxWarning(UserWarning):
 
 
 class Messages:
-    """Warns of each matter once in a sampler's life, on the group's first rank only."""
+    """Warns of each matter once in a sampler's life, on the group's first rank only, and there if not ``is_silent``."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_silent: bool = False) -> None:
         self._said: set[str] = set()
+        self._is_silent = is_silent
 
     def _say(self, group: Group, matter: str, text: str) -> None:
         if matter not in self._said:
             self._said.add(matter)
-            if group.rank == 0:
+            if group.rank == 0 and not self._is_silent:
                 warnings.warn(text, EffxWarning, stacklevel=4)
 
     def nothing_is_pruned(self, group: Group, num_epochs: int, delta: float) -> None:

@@ -7,6 +7,7 @@ rank of its slot. Time and memory per rank are O(num_samples / ranks), and nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from effx_dist.data.layout import Batches, Owners, Ranks, Span
 from effx_dist.shard import Group
 
 _ROLE_BITS = 2
+_BLOCK = 4096
 _INT32_LIMIT = 1 << 29  # a role and an offset below this share an int32
 
 
@@ -44,6 +46,11 @@ class EpochPlan:
     def local_slots(self) -> npt.NDArray[np.int64]:
         """Slot of the epoch of each of ``local_ids``, int64 ``[num_local]``; the same slots at any world size."""
         return self.batches.slots(len(self.local_ids)) + self.span.first
+
+    def ids_from(self, place: int) -> Iterator[int]:
+        """``local_ids`` from that place on, as Python's integers."""
+        for block in range(place, len(self.local_ids), _BLOCK):
+            yield from self.local_ids[block : block + _BLOCK].tolist()
 
 
 def exclusive_scan(count: int, group: Group) -> tuple[int, int]:

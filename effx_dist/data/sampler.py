@@ -8,27 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler
 
 from effx_dist.config import InfoBatchConfig
 from effx_dist.core.infobatch import STALENESS_BOUND
-from effx_dist.data.detached import DetachedGroup
+from effx_dist.data.detached import detached
 from effx_dist.data.layout import Ranks, whole_number
 from effx_dist.data.messages import Messages
+from effx_dist.data.peers import Peers
 from effx_dist.data.plan import EpochPlan
 from effx_dist.data.planner import Planner
 from effx_dist.data.recorder import LossRecorder, as_ids
 from effx_dist.data.scores import Flushed, ScoreBook, tell_all
 from effx_dist.data.state import Counters, SamplerState
-from effx_dist.errors import ConfigError, EffxError, RankFailedError
-from effx_dist.shard import Group, SoloGroup, as_group
+from effx_dist.errors import ConfigError, EffxError
+from effx_dist.shard import Group, as_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_BLOCK = 4096
 
 
 class InfoBatchSampler(Sampler[int]):
@@ -69,6 +67,8 @@ class InfoBatchSampler(Sampler[int]):
         gradient_accumulation_steps: Micro-batches of one optimiser step.
         group: The ranks that see different samples: a Group, a process group, or None for all there are. Tensor-,
             pipeline- and context-parallel peers must not be in it; they get the same samples.
+        peers: Those, where not each of them has bit-equal losses, and which one's count. They take part in what is
+            collective, each with its own group.
 
     Raises:
         ConfigError: A value is out of its range, or ``num_samples`` does not fill one global batch with ``drop_last``.
@@ -90,6 +90,7 @@ class InfoBatchSampler(Sampler[int]):
         drop_last: bool = True,
         gradient_accumulation_steps: int = 1,
         group: Group | ProcessGroup | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.config = InfoBatchConfig(
             num_epochs=num_epochs,
@@ -104,15 +105,11 @@ class InfoBatchSampler(Sampler[int]):
         self.batch_size = whole_number("batch_size", batch_size)
         num_accumulated = whole_number("gradient_accumulation_steps", gradient_accumulation_steps)
         ranks = Ranks.of(as_group(group), self.num_samples, self.batch_size, num_accumulated)
-        global_batch = ranks.batches.global_batch
-        if drop_last and self.num_samples < global_batch:
-            raise ConfigError(
-                f"num_samples={num_samples}: must be at least one global batch of {global_batch} (batch_size "
-                f"{batch_size} x {num_accumulated} accumulated x {ranks.group.size} ranks) with drop_last=True; use "
-                "smaller batches, or drop_last=False"
-            )
+        if drop_last:
+            ranks.check_that_a_batch_is_filled()
+        self.peers = peers if peers is not None else Peers()
         self._planner = Planner(self.config, ranks)
-        self._messages = Messages()
+        self._messages = Messages(is_silent=not self.peers.is_reporter)
         self._book = ScoreBook.unscored(ranks.num_owned)
         self._counters = Counters()
         self._plan: EpochPlan | None = None
@@ -130,6 +127,7 @@ class InfoBatchSampler(Sampler[int]):
         batch_size: int,
         gradient_accumulation_steps: int = 1,
         group: Group | ProcessGroup | None = None,
+        peers: Peers | None = None,
     ) -> Self:
         """A sampler with the settings of an "infobatch" section. No communication is performed."""
         return cls(
@@ -137,6 +135,7 @@ class InfoBatchSampler(Sampler[int]):
             batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
             group=group,
+            peers=peers,
             **config.model_dump(exclude={"enabled"}),
         )
 
@@ -169,7 +168,7 @@ class InfoBatchSampler(Sampler[int]):
         if self._plan is not None and not self._was_epoch_set and not self.num_remaining:
             self._go_to(self._plan.epoch + 1)
         self._was_epoch_set = False
-        return _python_ints(self.plan.local_ids, self._num_consumed)
+        return self.plan.ids_from(self._num_consumed)
 
     def __len__(self) -> int:
         """Ids of one rank in the whole current epoch, right before it is iterated.
@@ -211,8 +210,26 @@ class InfoBatchSampler(Sampler[int]):
                 "weigh: no epoch is planned yet; iterate the sampler, or call set_epoch, first"
             )
         loss = self._recorder.weigh(losses, ids, self._num_consumed)
-        self._num_consumed = min(self._num_consumed + len(ids), len(self.plan.local_ids))
+        self._count(len(ids))
         return loss
+
+    def advance(self, num_samples: int) -> None:
+        """Count samples of this rank that a peer weighs, where there are no losses (`Peers.has_losses`).
+
+        Called for whole optimiser steps, after them: the position is then the same on all peers. No communication is
+        performed.
+
+        Raises:
+            ConfigError: This rank weighs its losses itself; ``num_samples`` is not a whole number, at least 0.
+        """
+        if self.peers.has_losses:
+            raise ConfigError(
+                "advance: this rank has losses to weigh; only ranks without any call it"
+            )
+        self._count(whole_number("num_samples", num_samples, at_least=0))
+
+    def _count(self, num_samples: int) -> None:
+        self._num_consumed = min(self._num_consumed + num_samples, len(self.plan.local_ids))
 
     def _go_to(self, epoch: int) -> None:
         group = self.group
@@ -242,11 +259,15 @@ class InfoBatchSampler(Sampler[int]):
     def _flush(self) -> Flushed:
         """Send the recorded losses to the owners of their samples. One small gather and two all-to-alls."""
         assert self._recorder is not None
-        error: ConfigError | None = None
+        error: Exception | None = None
+        ids, losses = np.empty(0, np.int64), np.empty(0, np.float32)
         try:
             ids, losses = self._recorder.take()
         except ConfigError as caught:
-            error, ids, losses = caught, np.empty(0, np.int64), np.empty(0, np.float32)
+            error = caught
+        error = self.peers.agree(error, self._num_consumed)
+        if error is None:
+            ids, losses = self.peers.share(ids, losses)
         flushed = tell_all(error, self._num_consumed, losses, self.group)
         self._book.receive(ids, losses, self._planner.ranks)
         self._counters.num_nonfinite += flushed.num_nonfinite
@@ -346,17 +367,12 @@ class InfoBatchSampler(Sampler[int]):
         """
         states = [state] if isinstance(state, Mapping) else list(state)
         settings = self.config.model_dump(exclude={"enabled"})
-        error: EffxError | None = None
+        error: Exception | None = None
         try:
             loaded = SamplerState.from_dicts(states, self._planner.ranks, settings)
         except EffxError as caught:
             error = caught
-        try:
-            self.group.raise_if_any_failed(error)
-        except RankFailedError:
-            if error is None:
-                raise
-            raise error from None
+        self.group.raise_if_any_failed(self.peers.agree(error), keep_own_error=True)
         self._book, self._counters = loaded.book, loaded.counters
         self._plan = self._recorder = None
         self._num_consumed, self._was_epoch_set = 0, False
@@ -369,14 +385,9 @@ class InfoBatchSampler(Sampler[int]):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a group of several ranks stays behind, and the copy can finish its epoch but not plan."""
-        state = dict(self.__dict__)
-        group = self.group
-        if not isinstance(group, SoloGroup):
-            ranks = dataclasses.replace(
-                self._planner.ranks, group=DetachedGroup(group.rank, group.size)
-            )
-            state["_planner"] = Planner(self.config, ranks)
-        return state
+        ranks = dataclasses.replace(self._planner.ranks, group=detached(self.group))
+        peers = dataclasses.replace(self.peers, groups=tuple(map(detached, self.peers.groups)))
+        return {**self.__dict__, "_planner": Planner(self.config, ranks), "peers": peers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of everything but the group, which both then use."""
@@ -385,8 +396,3 @@ class InfoBatchSampler(Sampler[int]):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
-
-
-def _python_ints(ids: npt.NDArray[np.int64], start: int) -> Iterator[int]:
-    for block in range(start, len(ids), _BLOCK):
-        yield from ids[block : block + _BLOCK].tolist()

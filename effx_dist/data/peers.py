@@ -1,0 +1,74 @@
+"""Ranks that get the same samples: the pipeline stages, tensor- and context-parallel parts of one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from effx_dist.errors import ConfigError, RankFailedError
+from effx_dist.shard import Group
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks that get the same samples as this one. One of them reports the losses of all.
+
+    Each peer plans for itself, in a group of its own place in the other models. For the plans to be the same, the
+    scores must be so to the last bit: what the reporter recorded is sent to its peers before it is used.
+
+    Attributes:
+        groups: Ranks that hear of each other, in steps: what a rank tells those of the first group, and all of them
+            then tell those of the next, reaches every peer. The same number of them on every peer.
+        is_reporter: Whether the losses that this rank records are those that count; true of one of the peers.
+        has_losses: Whether this rank weighs losses; a rank that does not (an earlier pipeline stage) calls
+            `InfoBatchSampler.advance` in place of it. True of the reporter.
+    """
+
+    groups: tuple[Group, ...] = ()
+    is_reporter: bool = True
+    has_losses: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
+        return self  # groups of ranks are not copied
+
+    def agree(self, error: Exception | None, consumed: int = 0) -> Exception | None:
+        """This rank's ``error``; else one that tells of a peer's; else one if not all have ``consumed`` the same.
+
+        None on all peers, or an error on all. One small gather a group.
+        """
+        for group in self.groups:
+            told = None if error is None else f"{type(error).__name__}: {error}"
+            news = group.all_gather_object((told, consumed))
+            failures = {rank: text for rank, (text, _) in enumerate(news) if text is not None}
+            counts = [count for _, count in news]
+            if error is not None:
+                continue
+            if failures:
+                error = RankFailedError(failures)
+            elif min(counts) < max(counts):
+                error = ConfigError(
+                    f"{', '.join(map(str, counts))} samples of the epoch were consumed by the ranks that get the same "
+                    "ones: weigh every micro-batch where there are losses, and call advance after each step where "
+                    "there are none"
+                )
+        return error
+
+    def share(
+        self, ids: npt.NDArray[np.int64], losses: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """What the reporter has recorded, on every peer. Two all-to-alls a group."""
+        if not self.groups:
+            return ids, losses
+        num_told = len(ids) if self.is_reporter else 0
+        return self._spread(ids[:num_told]), self._spread(losses[:num_told])
+
+    def _spread(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """One peer's values, which the others give none of, on all of them."""
+        for group in self.groups:
+            sent = [torch.from_numpy(values)] * group.size
+            values = torch.cat(group.all_to_all(sent)).numpy()
+        return values
