@@ -287,12 +287,18 @@ def _equally_cut(name: str, top_to_base: list[StepReader]) -> list[list[StepRead
     return runs
 
 
-def open_checkpoint(path: Folder, step: int | None = None) -> ChainReader:
-    """The checkpoint at ``path`` (``.../step-N``), or that of ``step`` (default: the newest) in a
-    folder of them. Raises as :class:`StepReader` does, and CheckpointNotFoundError."""
+def checkpoint_folder(path: Folder, step: int | None = None) -> Location:
+    """The folder of the checkpoint at ``path`` (``.../step-N``), or of that of ``step`` (default: the
+    newest) in a folder of them. Raises CheckpointNotFoundError."""
     folder = location(path)
     if step is not None:
-        folder = step_folder(folder, step)
-    elif not folder.has_file(MANIFEST):
-        folder = step_folder(folder, newest_step(folder))
-    return ChainReader(folder)
+        return step_folder(folder, step)
+    if folder.has_file(MANIFEST):
+        return folder
+    return step_folder(folder, newest_step(folder))
+
+
+def open_checkpoint(path: Folder, step: int | None = None) -> ChainReader:
+    """The checkpoint in :func:`checkpoint_folder`. Raises as :class:`StepReader` does, and
+    CheckpointNotFoundError."""
+    return ChainReader(checkpoint_folder(path, step))

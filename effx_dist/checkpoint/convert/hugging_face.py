@@ -11,7 +11,17 @@ from typing import Any
 from safetensors.torch import save_file
 
 from effx_dist.checkpoint.convert.content import Content
+from effx_dist.checkpoint.convert.megatron_llama import (
+    MEGATRON,
+    llama_config,
+    llama_weights,
+    require_llama,
+    transformer_of,
+)
+from effx_dist.checkpoint.convert.sharing import dealt_out
+from effx_dist.checkpoint.convert.weights import Weight, WeightReader
 from effx_dist.errors import ConfigError
+from effx_dist.shard import Group
 
 CONFIG_KEY = "config"
 """Where a run keeps the model's configuration in a checkpoint's ``extra``."""
@@ -32,29 +42,56 @@ def parse_size(text: str) -> int:
 
 
 def write_hugging_face(
-    content: Content, folder: Path, max_shard_size: str, config: Mapping[str, Any] | None
+    content: Content,
+    folder: Path,
+    max_shard_size: str,
+    config: Mapping[str, Any] | None,
+    group: Group,
 ) -> None:
     """The model's weights in shards of at most ``max_shard_size`` (one larger tensor has a shard of
-    its own), their index, and the configuration.
+    its own), their index, and the configuration. A Megatron GPT model becomes a Llama.
 
-    Tied weights are written once, under their first name, as transformers does. Memory: one shard.
+    Tied weights are written once, under their first name, as transformers does. The ranks share the
+    shards. Memory: one shard, and one tensor of a Megatron model. No communication is performed.
     Raises ConfigError where there is no configuration, CorruptCheckpointError, OSError.
     """
-    found = _config(content) if config is None else dict(config)
-    content.will_read(iter(content.untied.values()))
-    shards = _shards(content, parse_size(max_shard_size))
+    weights, found = _model(content, config)
+    reader = WeightReader(content)
+    num_bytes = {name: reader.num_bytes(weight) for name, weight in weights.items()}
+    shards = _shards(num_bytes, parse_size(max_shard_size))
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
-    for file_name, shard in zip(names, shards, strict=True):
-        tensors = {name: content.read(content.untied[name]) for name in shard}
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+    sizes = [sum(num_bytes[name] for name in shard) for shard in shards]
+    mine = dealt_out(sizes, group.size)[group.rank]
+    content.total_bytes = sum(sizes[index] for index in mine)
+    for index in mine:
+        tensors = {name: reader.read(weights[name]) for name in shards[index]}
+        save_file(tensors, folder / names[index], metadata={"format": "pt"})
+    if group.rank != 0:
+        return
     if len(shards) > 1:
         places = zip(names, shards, strict=True)
-        index = {
-            "metadata": {"total_size": content.total_bytes},
-            "weight_map": {name: file for file, shard in places for name in shard},
-        }
-        _write_json(folder / "model.safetensors.index.json", index)
+        total = {"total_size": sum(sizes)}
+        weight_map = {name: file for file, shard in places for name in shard}
+        index_file = folder / "model.safetensors.index.json"
+        _write_json(index_file, {"metadata": total, "weight_map": weight_map})
     _write_json(folder / "config.json", found)
+
+
+def _model(
+    content: Content, given: Mapping[str, Any] | None
+) -> tuple[dict[str, Weight], dict[str, Any]]:
+    """The tensors to write by name, and the configuration."""
+    shapes = {name: tuple(content.record(s).shape) for name, s in content.untied.items()}
+    if MEGATRON not in content.values.extra:
+        config = _config(content) if given is None else dict(given)
+        return {name: Weight.whole(name, shape) for name, shape in shapes.items()}, config
+    place, given = str(content.chain.top.folder), given or {}
+    megatron = content.tree(content.values.extra[MEGATRON], f"extra.{MEGATRON}")
+    transformer = transformer_of(megatron, place)
+    is_rope_given = any(given.get(key) for key in ("rope_scaling", "rope_parameters"))
+    require_llama(transformer, place, is_rope_given)
+    config = llama_config(transformer, given, place)
+    return llama_weights(transformer, shapes, config["vocab_size"], place), config
 
 
 def _config(content: Content) -> dict[str, Any]:
@@ -68,17 +105,16 @@ def _config(content: Content) -> dict[str, Any]:
     return dict(content.tree(found, f"extra.{CONFIG_KEY}"))
 
 
-def _shards(content: Content, max_bytes: int) -> list[list[str]]:
-    """Names of each shard's tensors, in the order of their names."""
+def _shards(num_bytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names of each shard's tensors, in their order."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, stored in content.untied.items():
-        num_bytes = content.num_bytes(stored)
-        if shards[-1] and size + num_bytes > max_bytes:
+    for name, needed in num_bytes.items():
+        if shards[-1] and size + needed > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += num_bytes
+        size += needed
     return shards
 
 

@@ -9,13 +9,17 @@ import torch
 
 from effx_dist.checkpoint.convert.content import Content
 
+PARAM_NAMES = "param_names"
+"""Beside the optimizer: the names of each group's parameters, which its own state numbers."""
+
 
 def write_torch_file(content: Content, path: Path, weights_only: bool) -> None:
-    """``{"model", "optimizer", "step", "extra", "stateful"}`` as one file; takes memory for all of it.
+    """``{"model", "optimizer", "param_names", "step", "extra", "stateful"}`` as one file; takes memory for
+    all of it.
 
     ``model.load_state_dict(file["model"])``, and ``optimizer.load_state_dict(file["optimizer"])`` for
-    an optimizer built over the same parameters in the same order. ``weights_only``: "model" and
-    "step" alone. Raises ConfigError, CorruptCheckpointError, OSError.
+    an optimizer built over the same parameters in the same order, which ``param_names`` says by group.
+    ``weights_only``: "model" and "step" alone. Raises ConfigError, CorruptCheckpointError, OSError.
     """
     stored = set(content.model.values())
     if not weights_only:
@@ -26,15 +30,16 @@ def write_torch_file(content: Content, path: Path, weights_only: bool) -> None:
     model |= content.tree(content.values.model_values, "model_values")
     whole: dict[str, Any] = {"model": model, "step": content.manifest.step}
     if not weights_only:
-        whole["optimizer"] = _optimizer(content)
+        groups = content.param_groups()
+        whole["optimizer"] = _optimizer(content, groups)
+        whole[PARAM_NAMES] = [group["params"] for group in groups]
         whole["stateful"] = content.tree(content.values.stateful, "stateful")
         whole["extra"] = content.tree(content.values.extra, "extra")
     torch.save(whole, path)
 
 
-def _optimizer(content: Content) -> dict[str, Any]:
+def _optimizer(content: Content, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """What the optimizer's own state_dict() gives: parameters are numbers, counted over the groups."""
-    groups = content.param_groups()
     number = {name: i for i, name in enumerate(n for group in groups for n in group["params"])}
     state = {
         number[parameter]: {

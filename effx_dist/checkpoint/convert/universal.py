@@ -9,13 +9,16 @@ first parameter group for all.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from effx_dist.checkpoint.convert.content import Content
+from effx_dist.checkpoint.convert.sharing import dealt_out
 from effx_dist.errors import ConfigError
+from effx_dist.shard import Group
 
 LATEST_UNIVERSAL = "latest_universal"
 DS_VERSION = "0.19.8"
@@ -25,12 +28,12 @@ ENGINE = "deepspeed"
 """Where the checkpoint of a DeepSpeed engine keeps its counters, in ``extra``."""
 
 
-def write_universal(content: Content, folder: Path) -> None:
+def write_universal(content: Content, folder: Path, group: Group) -> None:
     """``latest_universal`` and ``global_stepN/`` with a folder per parameter: fp32.pt, one file per
     state tensor of the parameter's shape (exp_avg.pt, ...), step.pt.
 
-    One tensor is in memory at a time. Raises ConfigError where there is no optimizer state,
-    CorruptCheckpointError, OSError.
+    The ranks share the parameters; one tensor is in memory at a time. No communication is performed.
+    Raises ConfigError where there is no optimizer state, CorruptCheckpointError, OSError.
     """
     if not content.optimizer or content.values.param_groups is None:
         raise ConfigError(
@@ -44,32 +47,26 @@ def write_universal(content: Content, folder: Path) -> None:
         for name, stored in content.untied.items()
         if content.record(stored).torch_dtype.is_floating_point
     }
-    state = {name: _same_shape(content, name) for name in parameters}
-    content.will_read(n for name in parameters for n in (parameters[name], *state[name].values()))
-    step: Any = None
-    for name, stored in parameters.items():
+    files = {
+        name: {"fp32": stored} | _same_shape(content, name) for name, stored in parameters.items()
+    }
+    sizes = [sum(map(content.num_bytes, found.values())) for found in files.values()]
+    names = list(parameters)
+    mine = [names[index] for index in dealt_out(sizes, group.size)[group.rank]]
+    content.will_read(stored for name in mine for stored in files[name].values())
+    for name in mine:
         own = zero / name
         own.mkdir(parents=True)
-        _save_tensor(content, stored, own / "fp32.pt")
-        for key, entry in state[name].items():
-            _save_tensor(content, entry, own / f"{key}.pt")
-        found = _step_of(content, name)
-        if found is not None:
-            torch.save(found, own / f"{STEP}.pt")
-            step = found if step is None else step
-    options = content.tree(content.values.param_groups, "param_groups")
-    groups = [{**group, "params": []} for group in options]
-    torch.save(
-        {
-            "ds_version": DS_VERSION,
-            "param_groups": groups,
-            # ZeRO-3 looks for the same one level down
-            "optimizer_state_dict": {"state": {0: {STEP: step}}, "param_groups": groups},
-        },
-        zero / "optimizer_state.pt",
-    )
-    _save_engine_state(content, folder / tag)
-    (folder / LATEST_UNIVERSAL).write_text(tag, encoding="ascii")
+        for key, stored in files[name].items():
+            values = content.read(stored).float()
+            torch.save({"param": values, "cat_dim": 0}, own / f"{key}.pt")
+        step = _step_of(content, name)
+        if step is not None:
+            torch.save(step, own / f"{STEP}.pt")
+    if group.rank == 0:
+        _save_options(content, names, zero)
+        _save_engine_state(content, folder / tag)
+        (folder / LATEST_UNIVERSAL).write_text(tag, encoding="ascii")
 
 
 def _same_shape(content: Content, name: str) -> dict[str, str]:
@@ -89,8 +86,22 @@ def _step_of(content: Content, name: str) -> Any:
     return content.optimizer_values(name).get(STEP)
 
 
-def _save_tensor(content: Content, stored: str, path: Path) -> None:
-    torch.save({"param": content.read(stored).float(), "cat_dim": 0}, path)
+def _save_options(content: Content, names: Iterable[str], zero: Path) -> None:
+    """The optimizer's options, and the step of the first parameter that has one."""
+    zero.mkdir(parents=True, exist_ok=True)
+    steps = (_step_of(content, name) for name in names)
+    step = next((found for found in steps if found is not None), None)
+    options = content.tree(content.values.param_groups, "param_groups")
+    groups = [{**group, "params": []} for group in options]
+    torch.save(
+        {
+            "ds_version": DS_VERSION,
+            "param_groups": groups,
+            # ZeRO-3 looks for the same one level down
+            "optimizer_state_dict": {"state": {0: {STEP: step}}, "param_groups": groups},
+        },
+        zero / "optimizer_state.pt",
+    )
 
 
 def _save_engine_state(content: Content, folder: Path) -> None:
