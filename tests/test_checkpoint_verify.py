@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,6 @@ from effx_dist.checkpoint.folder import MANIFEST, step_name
 from effx_dist.errors import CheckpointNotFoundError, RankFailedError
 from effx_dist.shard import Group, run_ranks
 from tests import small_chain
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -146,49 +141,6 @@ class TestFindings:
     def test_nothing_there_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint"):
             verify_folder(tmp_path)
-
-
-def started_by(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, "-m", "effx_dist.cli", "verify", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
-
-
-def mpirun_options() -> list[str]:
-    """What Open MPI needs in a container; no other MPI knows them."""
-    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=True)
-    return ["--allow-run-as-root", "--oversubscribe"] * ("Open MPI" in version.stdout)
-
-
-@pytest.mark.ranks
-class TestLaunchers:
-    def test_torchrun_splits_the_work(self, chain: Path, damaged: Path) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", "2"]
-        done = started_by(launcher, "--torchrun", chain)
-        assert done.returncode == 0, done.stderr
-        expected = f"3 steps, {len(blocks_of(chain))} blocks"
-        assert done.stdout.startswith(expected)
-        assert len(done.stdout.splitlines()) == 1
-        assert started_by(launcher, "--torchrun", damaged).returncode == 1
-
-    @pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun here")
-    def test_mpirun_splits_the_work(self, chain: Path, damaged: Path) -> None:
-        pytest.importorskip("mpi4py")
-        launcher = ["mpirun", *mpirun_options(), "-n", "2", sys.executable]
-        done = started_by(launcher, "--mpi", chain)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"3 steps, {len(blocks_of(chain))} blocks")
-        assert len(done.stdout.splitlines()) == 1
-        assert started_by(launcher, "--mpi", damaged).returncode == 1
-
-    def test_torchrun_that_did_not_start_it_is_said(self, chain: Path) -> None:
-        done = started_by([sys.executable], "--torchrun", chain)
-        assert done.returncode == 1
-        assert len(done.stderr.splitlines()) == 1
-        assert "torchrun" in done.stderr
 
 
 def test_a_manifest_alone_is_not_enough(chain: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from effx_dist.shard import (
     Box,
     Group,
     LocalRows,
+    Part,
     Piece,
     ShardMap,
     SoloGroup,
@@ -35,9 +37,11 @@ from effx_dist.shard import (
     WholeTensor,
     local_of,
     pieces_of_flat_range,
+    pieces_of_parts,
     pieces_of_tensor,
     run_ranks,
     start_sum,
+    whole_box,
 )
 from tests.ranks import spawn
 
@@ -70,6 +74,69 @@ def test_pieces_of_a_flat_range_are_views_of_the_slices(case: tuple[Shape, int, 
     assert (local[padding : padding + stop - start] >= 1000).all()
     assert (local[:padding] == -1).all()
     assert (local[padding + stop - start :] == -1).all()
+
+
+def cuts(draw: st.DrawFn, length: int, num_parts: int) -> list[tuple[int, int]]:
+    """``[0, length)`` in so many ranges, some of them perhaps empty."""
+    inner = st.lists(st.integers(0, length), min_size=num_parts - 1, max_size=num_parts - 1)
+    ends = [0, *sorted(draw(inner)), length]
+    return list(pairwise(ends))
+
+
+@st.composite
+def cut_twice(draw: st.DrawFn) -> tuple[Shape, list[tuple[list[Part], list[tuple[int, int]]]]]:
+    """A shape; for each tensor-parallel rank its parts, and the flat ranges that the data-parallel ranks
+    have of them. Rows are cut in one or, as with gated layers, two stretches, or columns are."""
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
+    num_ranks = draw(st.integers(1, 3))
+    axis = draw(st.integers(0, len(shape) - 1))
+    half = draw(st.integers(0, shape[axis])) if axis == 0 else 0
+    stretches = [(0, half), (half, shape[axis])]
+    by_stretch = [
+        [(start + a, start + b) for a, b in cuts(draw, stop - start, num_ranks)]
+        for start, stop in stretches
+    ]
+    found = []
+    for ranges in zip(*by_stretch, strict=True):
+        parts, local_start = [], 0
+        for start, stop in ranges:
+            offsets = tuple(start if at == axis else 0 for at in range(len(shape)))
+            sizes = tuple(stop - start if at == axis else n for at, n in enumerate(shape))
+            parts.append(Part(Box(offsets, sizes), local_start))
+            local_start += parts[-1].box.numel
+        found.append((parts, cuts(draw, local_start, draw(st.integers(1, 4)))))
+    return shape, found
+
+
+@given(cut_twice())
+def test_parts_cut_into_flat_ranges_tile_the_whole_once(
+    case: tuple[Shape, list[tuple[list[Part], list[tuple[int, int]]]]],
+) -> None:
+    shape, ranks = case
+    whole = torch.arange(math.prod(shape)).reshape(shape)
+    times = torch.zeros(shape, dtype=torch.int64)
+    for parts, ranges in ranks:
+        local = torch.cat([whole[part.box.slices].reshape(-1) for part in parts])
+        for start, stop in ranges:
+            stepped = local[start:stop].clone()
+            pieces = pieces_of_parts(WholeTensor("w", shape), parts, start, stop)
+            assert sum(piece.numel for piece in pieces) == stop - start
+            for piece in pieces:
+                assert torch.equal(piece.view(stepped), whole[piece.box.slices])
+                times[piece.box.slices] += 1
+    assert times.eq(1).all()
+
+
+@given(cut_twice())
+def test_moving_a_box_undoes_what_relative_to_does(
+    case: tuple[Shape, list[tuple[list[Part], list[tuple[int, int]]]]],
+) -> None:
+    shape, ranks = case
+    for outer in (part.box for parts, _ in ranks for part in parts):
+        assert outer.relative_to(outer) == whole_box(outer.sizes)
+        for inner in pieces_of_flat_range(WholeTensor("w", shape), 0, outer.numel, within=outer):
+            assert inner.box.is_inside(outer)
+            assert inner.box.relative_to(outer).moved_by(outer.offsets) == inner.box
 
 
 def test_a_shard_map_of_plain_tensors_has_one_whole_piece_each() -> None:

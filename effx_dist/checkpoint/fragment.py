@@ -25,6 +25,8 @@ class Fragment:
         shape: shape of the whole tensor.
         dtype: its data type.
         parts: the boxes this rank holds, each with a tensor of the box's shape. May be empty.
+        is_replica: other ranks hold all of these boxes too, perhaps cut in other ways. A load fills
+            them; a save leaves them to those ranks.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class Fragment:
         shape: Sequence[int],
         dtype: torch.dtype,
         parts: Sequence[tuple[Box, torch.Tensor]],
+        is_replica: bool = False,
     ) -> None:
         self.shape = tuple(shape)
         self.dtype = dtype
         self.parts = list(parts)
+        self.is_replica = is_replica
 
     @classmethod
     def of(cls, name: str, value: torch.Tensor | LocalRows | Fragment) -> Fragment:
@@ -57,6 +61,11 @@ class Fragment:
         return cls(whole.shape, value.dtype, [(p.box, p.view(local)) for p in pieces])
 
     @property
+    def own_parts(self) -> list[tuple[Box, torch.Tensor]]:
+        """What this rank can save."""
+        return [] if self.is_replica else self.parts
+
+    @property
     def facts(self) -> TensorFacts:
         """dtype and shape of the whole tensor."""
         return TensorFacts(self.dtype, self.shape)
@@ -72,7 +81,7 @@ class Fragment:
                     size=torch.Size(self.shape),
                 ),
             )
-            for index, (box, _) in enumerate(self.parts)
+            for index, (box, _) in enumerate(self.own_parts)
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:

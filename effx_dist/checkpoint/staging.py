@@ -37,7 +37,7 @@ class Staging:
         for name, leaf in leaves.items():
             live = Fragment.of(name, leaf)
             parts = []
-            for box, part in live.parts:
+            for box, part in live.own_parts:
                 buffer = self._buffer((name, box.offsets), box, part)
                 buffer.copy_(part, non_blocking=buffer.is_pinned())
                 devices.add(part.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 from effx_dist.checkpoint.blockfile import BlockReader
 from effx_dist.checkpoint.folder import (
@@ -24,7 +24,7 @@ from effx_dist.checkpoint.reader import ChainReader, StepReader, read_manifest
 from effx_dist.checkpoint.storage import Folder, Location
 from effx_dist.checkpoint.training_state import run_values
 from effx_dist.errors import CheckpointNotFoundError, EffxError, RankFailedError
-from effx_dist.shard import SoloGroup
+from effx_dist.shard import Group, SoloGroup
 
 RUN_BYTES = 2**26
 """Neighbouring blocks of one file are checked by one thread up to this many bytes."""
@@ -54,16 +54,6 @@ class VerifyReport:
             self.find(finding)
 
 
-class Ranks(Protocol):
-    """Processes that share the work: a :class:`~effx_dist.shard.Group`, or an MPI communicator's."""
-
-    rank: int
-    size: int
-
-    def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's ``value``, by rank."""
-
-
 Job = Callable[[], VerifyReport]
 
 
@@ -73,7 +63,7 @@ def verify_folder(
     *,
     jobs: int = 1,
     decode: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Group | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Check manifests, parents, files and the checksum of every block of all committed steps, or of
@@ -113,7 +103,7 @@ def verify_folder(
     return total
 
 
-def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+def _on_all(ranks: Group, work: Callable[[], T]) -> list[T]:
     """Every rank's result; what one of them raises, all raise, so that none waits for it for ever."""
     result, error = None, None
     try:
@@ -132,7 +122,7 @@ def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
 class _Share:
     """What one rank does of the work: every ``ranks.size``-th job."""
 
-    ranks: Ranks
+    ranks: Group
     num_threads: int
     decode: bool
     on_progress: OnProgress | None

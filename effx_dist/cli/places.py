@@ -26,6 +26,11 @@ class EffxGroup(TyperGroup):
         except (EffxError, OSError) as error:
             complain(error)
             raise typer.Exit(FINDING) from None
+        except Exception as error:
+            is_usage = getattr(error, "exit_code", GOOD) == USAGE
+            if is_usage and ctx.params["mpi_rank"]:  # the first rank says it
+                raise typer.Exit(USAGE) from None
+            raise
 
 
 def complain(error: Exception) -> None:

@@ -39,7 +39,7 @@ BUILD_S = 900
 OPTIONAL = {
     "deepspeed": "engine",
     "megatron-core": "engine",
-    "mpi4py": "mpirun under DeepSpeed",
+    "mpi4py": "mpirun",
     "transformers": "Llama from Hugging Face",
     "tensorboard": "scalars beside run.jsonl",
 }

@@ -16,12 +16,15 @@ from effx_dist.shard.group import (
     run_ranks,
     separate_group,
 )
+from effx_dist.shard.mpi_group import MpiGroup
 from effx_dist.shard.piece import (
+    Part,
     Piece,
     ShardMap,
     WholeTensor,
     local_of,
     pieces_of_flat_range,
+    pieces_of_parts,
     pieces_of_tensor,
     start_sum,
 )
@@ -33,6 +36,8 @@ __all__ = [
     "Box",
     "Group",
     "LocalRows",
+    "MpiGroup",
+    "Part",
     "Piece",
     "Rendezvous",
     "ShardMap",
@@ -49,6 +54,7 @@ __all__ = [
     "local_of",
     "meet",
     "pieces_of_flat_range",
+    "pieces_of_parts",
     "pieces_of_tensor",
     "run_ranks",
     "separate_group",

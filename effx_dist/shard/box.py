@@ -58,6 +58,11 @@ class Box:
         offsets = tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True))
         return Box(offsets, self.sizes)
 
+    def moved_by(self, offsets: Sequence[int]) -> Box:
+        """The way back from :meth:`relative_to` a box with these offsets."""
+        moved = tuple(a + b for a, b in zip(self.offsets, offsets, strict=True))
+        return Box(moved, self.sizes)
+
     def is_inside(self, outer: Box) -> bool:
         """Whether every element of this box lies in ``outer``."""
         return len(self.offsets) == len(outer.offsets) and all(

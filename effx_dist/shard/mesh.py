@@ -52,5 +52,9 @@ def group_of_axes(mesh: DeviceMesh, axes: Sequence[int]) -> TorchGroup:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "callers ask on ranks of the mesh"
     within = tuple(slice(None) if axis in axes else at for axis, at in enumerate(coordinate))
-    ranks = mesh.mesh[within].flatten().tolist()
+    return group_of_ranks(mesh.mesh[within].flatten().tolist())
+
+
+def group_of_ranks(ranks: Sequence[int]) -> TorchGroup:
+    """These ranks of the default group, this one among them. No communication is performed."""
     return TorchGroup() if len(ranks) == dist.get_world_size() else JointGroup(ranks)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -59,14 +60,39 @@ class Piece:
 
 
 def pieces_of_flat_range(
-    whole: WholeTensor, start: int, stop: int, local_start: int = 0
+    whole: WholeTensor, start: int, stop: int, local_start: int = 0, within: Box | None = None
 ) -> tuple[Piece, ...]:
-    """The pieces of row-major elements ``[start, stop)`` of ``whole``, laid out from
-    ``local_start`` on."""
+    """The pieces of row-major elements ``[start, stop)`` of ``whole``, or of its box ``within``, laid
+    out from ``local_start`` on."""
+    outer = whole_box(whole.shape) if within is None else within
     return tuple(
-        Piece(whole, box, local_start + flat_start(whole.shape, box) - start)
-        for box in flat_range_to_boxes(whole.shape, start, stop)
+        Piece(
+            whole, box.moved_by(outer.offsets), local_start + flat_start(outer.sizes, box) - start
+        )
+        for box in flat_range_to_boxes(outer.sizes, start, stop)
     )
+
+
+class Part(NamedTuple):
+    """A box of a whole tensor that a local one holds, contiguous, from its element ``local_start`` on."""
+
+    box: Box
+    local_start: int
+
+
+def pieces_of_parts(
+    whole: WholeTensor, parts: Sequence[Part], start: int, stop: int
+) -> tuple[Piece, ...]:
+    """The pieces of elements ``[start, stop)`` of a local tensor made up of ``parts``; these elements lie
+    in a tensor of their own. For parameters that are cut twice: into boxes, and then anywhere."""
+    found: list[Piece] = []
+    for box, local_start in parts:
+        first = max(start, local_start) - local_start
+        last = min(stop, local_start + box.numel) - local_start
+        if first < last:
+            at = local_start + first - start
+            found += pieces_of_flat_range(whole, first, last, at, within=box)
+    return tuple(found)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
