@@ -31,14 +31,15 @@ from launch.llama.deepspeed_config import read_run
 from launch.llama.model import build_llama
 from launch.llama.run import Batch, Run
 from launch.llama.settings import RunSettings
+from launch.ranks import find_ranks
 
 SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "llama_demo_fsdp2.toml"
 
 
 def join_ranks() -> torch.device:
     """Meet the ranks that the launcher started, whichever it was; returns this rank's device."""
-    # Where neither torchrun nor deepspeed has told the ranks, MPI is asked, but not for a port.
-    deepspeed.init_distributed(distributed_port=int(os.environ.get("MASTER_PORT", "29500")))
+    find_ranks()
+    deepspeed.init_distributed()
     accelerator = deepspeed.get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local_rank)

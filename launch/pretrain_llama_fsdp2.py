@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 launch/pretrain_llama_fsdp2.py \\
         --config configs/llama_demo_fsdp2.toml
+    mpirun -n 2 python launch/pretrain_llama_fsdp2.py --config configs/llama_demo_fsdp2.toml
     python launch/pretrain_llama_fsdp2.py --config configs/llama_demo_fsdp2.toml --set train.lr=1e-3
 
 What each technique adds to a plain training loop is marked (1), (2) and (3) below. Started again
@@ -30,6 +31,7 @@ from launch.llama import loop
 from launch.llama.model import build_llama
 from launch.llama.run import Batch, Run
 from launch.llama.settings import RunSettings
+from launch.ranks import find_ranks
 
 
 def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -62,6 +64,7 @@ class Pretraining(Run):
     """One run: everything is built in `__init__`, and `train` is the loop."""
 
     def __init__(self, settings: RunSettings, run_dir: Path, log_samples: bool = False) -> None:
+        find_ranks()
         mesh = fsdp2.init()
         super().__init__(settings, run_dir, fsdp2.device_of(mesh), log_samples)
         train = settings.train

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ import pytest
 
 from effx_dist.report.run_log import RunRecords, read_run
 from launch.processes import Job, run_to_end, run_until, torchrun
+from launch.ranks import free_port
 from launch.resume_check import GlobalBatch, check_resume, read_global_batches
 from tests import small_llama
 from tests.deepspeed_runs import merged, needs_deepspeed
+from tests.mpi_runs import by_mpirun, has_mpi, needs_mpi
 
 needs_llama = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -26,7 +27,6 @@ pytestmark = [needs_deepspeed, needs_llama, pytest.mark.deepspeed, pytest.mark.r
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_deepspeed.py"
 BIN = Path(sys.executable).parent
-MPIRUN = shutil.which("mpirun", path=str(BIN)) or shutil.which("mpirun")
 STEPS_PAST_CHECKPOINT = 2
 ENGINE = {
     "train_micro_batch_size_per_gpu": 2,
@@ -51,8 +51,7 @@ class Files:
         arguments = ["--deepspeed", "--deepspeed_config", str(self.config_of(stage))]
         arguments += ["--config", str(self.folder / "settings.toml"), "--log-samples"]
         command = [*launcher, str(SCRIPT), *arguments, "--run-dir", str(self.folder / name)]
-        env = {"MASTER_PORT": str(free_port())} if launcher[0] == MPIRUN else {}
-        return Job(name, command, self.folder / f"{name}-zero{stage}.log", env)
+        return Job(name, command, self.folder / f"{name}-zero{stage}.log", {})
 
     def run(self, launcher: Sequence[str], name: str, stage: int) -> RunRecords:
         job = self.job(launcher, name, stage)
@@ -63,25 +62,12 @@ class Files:
         return read_global_batches(sorted((self.folder / name).glob("samples.rank-*.jsonl")))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def by_deepspeed(num_ranks: int) -> list[str]:
-    port = str(free_port())
-    return [str(BIN / "deepspeed"), "--master_port", port, "--num_gpus", str(num_ranks)]
+    return [str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", str(num_ranks)]
 
 
 def by_torchrun(num_ranks: int) -> list[str]:
     return torchrun(sys.executable, num_ranks, SCRIPT, [])[:-1]
-
-
-def by_mpirun(num_ranks: int) -> list[str]:
-    assert MPIRUN is not None
-    return [MPIRUN, "-n", str(num_ranks), sys.executable]
 
 
 def committed_steps(run_dir: Path) -> list[int]:
@@ -103,7 +89,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="module")
 def whole(files: Files) -> RunRecords:
     """The uninterrupted run, on 2 ranks at stage 2; by mpirun where there is one."""
-    launcher = by_mpirun if MPIRUN else by_torchrun
+    launcher = by_mpirun if has_mpi() else by_torchrun
     return files.run(launcher(2), "whole", stage=2)
 
 
@@ -151,7 +137,7 @@ def check_continuation(
     assert parts.records[-1].samples == whole.records[-1].samples
 
 
-@pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich brings one")
+@needs_mpi
 def test_mpirun_trains_with_all_three_techniques(whole: RunRecords) -> None:
     losses = [value for _, value in whole.series("eval/loss")]
     assert losses[-1] < losses[0] < 5.8  # the loss of guessing among 288 ids is 5.66

@@ -1,8 +1,11 @@
 """The script that users run, started as they start it."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -11,6 +14,7 @@ from launch import pretrain_llama_fsdp2
 from launch.processes import torchrun
 from launch.resume_check import check_resume, read_global_batches
 from tests import small_llama
+from tests.mpi_runs import by_mpirun, has_mpi
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_fsdp2.py"
 STOP_STEP = 18
@@ -36,13 +40,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(config: Path, run_dir: Path, num_ranks: int, *overrides: str) -> RunRecords:
-    arguments = ["--config", str(config), "--run-dir", str(run_dir), "--log-samples"]
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What the script tells torch.distributed about this process, it does not tell other tests."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def by_torchrun(num_ranks: int) -> list[str]:
+    return torchrun(sys.executable, num_ranks, SCRIPT, [])[:-1]
+
+
+def run(launcher: Sequence[str], config: Path, run_dir: Path, *overrides: str) -> RunRecords:
+    command = [*launcher, str(SCRIPT), "--config", str(config), "--run-dir", str(run_dir)]
     for override in overrides:
-        arguments += ["--set", override]
-    command = [sys.executable, str(SCRIPT), *arguments]
-    if num_ranks > 1:
-        command = torchrun(sys.executable, num_ranks, SCRIPT, arguments)
+        command += ["--set", override]
+    command.append("--log-samples")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return read_run(run_dir)
@@ -56,13 +69,14 @@ def samples(run_dir: Path) -> list[Path]:
 def test_resumed_run_on_another_world_size_equals_the_uninterrupted_one(
     config: Path, tmp_path: Path
 ) -> None:
-    whole = run(config, tmp_path / "whole", 2)
+    launcher = by_mpirun if has_mpi() else by_torchrun
+    whole = run(launcher(2), config, tmp_path / "whole")
     order = read_global_batches(samples(tmp_path / "whole"))
-    run(config, tmp_path / "parts", 2, f"train.max_steps={STOP_STEP}")
+    run(by_torchrun(2), config, tmp_path / "parts", f"train.max_steps={STOP_STEP}")
     before = read_global_batches(samples(tmp_path / "parts"))
     for file in samples(tmp_path / "parts"):
         file.unlink()
-    parts = run(config, tmp_path / "parts", 1)
+    parts = run([sys.executable], config, tmp_path / "parts")
     after = read_global_batches(samples(tmp_path / "parts"))
 
     assert list(before) == list(range(1, STOP_STEP + 1))

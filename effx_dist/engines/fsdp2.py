@@ -18,6 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from effx_dist.shard import Group, SoloGroup, TorchGroup
 
+ALONE = -1
+"""In place of a local rank, where no launcher has given this process one."""
+
 
 def init(
     device_type: str | None = None,
@@ -53,7 +56,7 @@ def _join(kind: str, timeout: timedelta) -> None:
         torch.cuda.set_device(dist.get_node_local_rank(0))
     # gloo beside nccl: checkpoints and sample plans talk from host memory
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
+    if dist.get_node_local_rank(ALONE) != ALONE:
         dist.init_process_group(backend, timeout=timeout)
         return
     store = dist.HashStore()
