@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from effx_dist.checkpoint.dcp_reader import ExcpReader
+from torch.distributed.checkpoint import StorageReader
+
 from effx_dist.checkpoint.manifest import Manifest
 from effx_dist.checkpoint.planners import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.writer import ExcpWriter
@@ -70,7 +71,7 @@ def _finish(writer: ExcpWriter, metadata: Any, results: Any) -> Manifest:
     return writer.manifest
 
 
-def drive_load(state: dict[str, Any], reader: ExcpReader) -> None:
+def drive_load(state: dict[str, Any], reader: StorageReader) -> None:
     """Fill ``state``'s fragments, tensors and DTensors in place, resharding as needed. No
     communication is performed."""
     planner = ExcpLoadPlanner(flatten_state_dict=False)

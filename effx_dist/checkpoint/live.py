@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from effx_dist.checkpoint.joints import TensorFacts
 from effx_dist.errors import ConfigError, LayoutMismatchError
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -52,6 +53,18 @@ class LiveState(ABC):
     """
 
     has_optimizer: bool
+    has_random_state: bool = True
+    """Whether the random states of this process are part of it: not where the state is another's."""
+
+    def fit(self, saved: Mapping[str, TensorFacts]) -> None:  # noqa: B027  most shapes are given
+        """Told before a load what the checkpoint holds of the model, by name. Where shapes depend on
+        the layout, or dtypes on how the model is used, what is given from then on may fit it."""
+
+    @property
+    def refitted(self) -> frozenset[str]:
+        """Names in the model's state that :meth:`fit` has changed the shape of: what a load fills of them
+        is nothing that a save of their own shape could be a difference against."""
+        return frozenset()
 
     @abstractmethod
     def model_state(self) -> dict[str, Any]:
@@ -88,6 +101,14 @@ class LiveState(ABC):
     @abstractmethod
     def take_group_options(self, options: list[dict[str, Any]]) -> None:
         """Hand over the groups' options. Raises LayoutMismatchError for another number of groups."""
+
+    def random_states(self) -> dict[str, torch.Tensor]:
+        """States of random generators of this rank that torch, NumPy and Python do not know of. Names
+        have no dots."""
+        return {}
+
+    def take_random_states(self, states: Mapping[str, torch.Tensor]) -> None:  # noqa: B027
+        """The way back; may hold states of others, and lack some."""
 
     def finish(self) -> None:  # noqa: B027  most hold nothing beside the tensors themselves
         """Called on every rank once all of a checkpoint has been taken. May communicate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from effx_dist.checkpoint.saver import SaveResult
@@ -28,6 +29,13 @@ class PendingSave:
     def done(self) -> bool:
         """Whether it has ended, well or not."""
         return self._future is None or self._future.done()
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Have ``call`` called once it has ended, well or not: at once if it has."""
+        if self._future is None:
+            call()
+        else:
+            self._future.add_done_callback(lambda _: call())
 
     def wait(self) -> PendingSave:
         """Wait for the end; re-raises, with its traceback, what made it fail on this or another

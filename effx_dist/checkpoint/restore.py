@@ -14,7 +14,7 @@ from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.joints import is_chained
 from effx_dist.checkpoint.live import LiveState
 from effx_dist.checkpoint.manifest import Manifest, ParentRecord, short
-from effx_dist.checkpoint.matching import LoadReport, NameMap
+from effx_dist.checkpoint.matching import MODEL, LoadReport, NameMap
 from effx_dist.checkpoint.random_state import set_random_state
 from effx_dist.checkpoint.saver import Loaded
 from effx_dist.checkpoint.seeded import check_seed
@@ -83,9 +83,10 @@ def restore(
     group.everywhere(lambda: _install(wanted, targets, manifest, others), keep_own_error=True)
     wanted.live.finish()
     states = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
-    _set_random_state(states, group.rank)
+    _set_random_state(wanted.live, states, group.rank)
     extra = read_tree(run_values(manifest).extra, others, "extra")
-    chained = {name: targets.leaves[name] for name in targets.unrenamed} | others
+    refitted = {f"{MODEL}.{name}" for name in wanted.live.refitted}
+    chained = {name: targets.leaves[name] for name in targets.unrenamed - refitted} | others
     loaded = _loaded(reader, chained if wanted.keeps_references else {})
     return extra, loaded, replace(targets.report, extra=extra)
 
@@ -108,9 +109,10 @@ def _install(
         wanted.stateful[name].load_state_dict(state)
 
 
-def _set_random_state(state: Mapping[str, torch.Tensor], rank: int) -> None:
+def _set_random_state(live: LiveState, state: Mapping[str, torch.Tensor], rank: int) -> None:
     try:
         set_random_state(state)
+        live.take_random_states(state)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         reason = short(f"{type(error).__name__}: {error}")
         raise CorruptCheckpointError(

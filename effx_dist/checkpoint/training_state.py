@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from effx_dist.checkpoint.fragment import Fragment
+from effx_dist.checkpoint.joints import TensorFacts
 from effx_dist.checkpoint.live import LiveState
 from effx_dist.checkpoint.manifest import Manifest, TensorRecord, short
 from effx_dist.checkpoint.matching import (
@@ -67,7 +68,9 @@ def collect(
     states = {name: obj.state_dict() for name, obj in stateful.items()}
     values["stateful"] = tree_to_json(states, "stateful", leaves)
     values["extra"] = tree_to_json(extra, "extra", leaves)
-    leaves |= {f"rng.{rank}.{name}": tensor for name, tensor in random_state().items()}
+    if live.has_random_state:
+        generators = random_state() | live.random_states()
+        leaves |= {f"rng.{rank}.{name}": tensor for name, tensor in generators.items()}
     return TrainingState(leaves, aliases, values)
 
 
@@ -142,6 +145,7 @@ def targets_of(
     tensors that differ in shape or dtype, for a mapping that leads nowhere and, if ``strict``, for
     tensors that only one side has.
     """
+    live.fit(_model_facts(manifest))
     leaves, aliases, values = _model_leaves(live)
     own = [name.removeprefix(f"{MODEL}.") for name in (*leaves, *aliases)] + list(values)
     names = SavedNames(mapping, own, manifest, strict)
@@ -160,6 +164,15 @@ def targets_of(
         report=report,
         optimizer=state,
     )
+
+
+def _model_facts(manifest: Manifest) -> dict[str, TensorFacts]:
+    prefix = f"{MODEL}."
+    return {
+        name.removeprefix(prefix): TensorFacts(record.torch_dtype, tuple(record.shape))
+        for name, record in manifest.tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _optimizer_targets(

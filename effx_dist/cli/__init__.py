@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from effx_dist import __version__
+from effx_dist.cli.compress import compress
 from effx_dist.cli.convert import convert
 from effx_dist.cli.diff import diff
 from effx_dist.cli.inspect import inspect
@@ -20,6 +21,7 @@ from effx_dist.cli.keep import compact, pin, unpin
 from effx_dist.cli.places import GOOD, EffxGroup
 from effx_dist.cli.runs import doctor, report
 from effx_dist.cli.verify import verify
+from effx_dist.launchers import MPI_RANK, MPI_SIZE
 
 app = typer.Typer(
     name="effx",
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Look into effx_dist checkpoints and runs.",
 )
-for command in (inspect, verify, diff, convert, compact, pin, unpin, report, doctor):
+for command in (inspect, verify, diff, convert, compress, compact, pin, unpin, report, doctor):
     app.command()(command)
 
 
@@ -45,5 +47,7 @@ def _root(
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
+    mpi_size: Annotated[int, typer.Option(hidden=True, envvar=MPI_SIZE)] = 1,
+    mpi_rank: Annotated[int, typer.Option(hidden=True, envvar=MPI_RANK)] = 0,
 ) -> None:
     """Look into effx_dist checkpoints and runs."""

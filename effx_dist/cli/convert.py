@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from effx_dist.cli.places import Folder, folder_and_step
+from effx_dist.cli.ranks import Mpi, Torchrun, tool_ranks
 from effx_dist.cli.show import progress
 from effx_dist.errors import ConfigError
 
@@ -43,6 +46,8 @@ def convert(
             help='safetensors: the model\'s config.json; else extra["config"] of the checkpoint.',
         ),
     ] = None,
+    mpi: Mpi = 0,
+    torchrun: Torchrun = False,
 ) -> None:
     """Write one checkpoint as something that others load.
 
@@ -52,27 +57,33 @@ def convert(
     torch: one file for torch.load(weights_only=True): "model" and "optimizer" for load_state_dict,
     "step", "extra", "stateful". Takes memory for all of it.
 
-    safetensors: the weights in shards and config.json, for from_pretrained of transformers.
+    safetensors: the weights in shards and config.json, for from_pretrained of transformers. A GPT
+    model of Megatron becomes a Llama where it is one; config.json then holds what the checkpoint
+    says of the model, and over it what --config says.
 
     universal: a DeepSpeed universal checkpoint, for engine.load_checkpoint with {"checkpoint":
     {"load_universal": true}} and load_lr_scheduler_states=False; parameters and optimizer state,
     no buffers. Tried with DeepSpeed 0.19.8, ZeRO 1 to 3, on the CPU.
 
-    OUT appears whole in the end, or not at all.
+    OUT appears whole in the end, or not at all. Ranks share the parameters (universal), the shards
+    (safetensors: choose --max-shard-size so that each has some) or the tensors (dcp); a torch file
+    is the first rank's alone.
     """
-    folder, step = folder_and_step(folder, step)
-    from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
+    if not (mpi or torchrun):  # a misspelt path should not wait for torch
+        folder_and_step(folder, step)
+    with tool_ranks(mpi, torchrun) as ranks:
+        from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
 
-    options = ConvertOptions(
-        weights_only=weights_only,
-        max_shard_size=max_shard_size,
-        config=None if config is None else _read_config(config),
-    )
-    with progress("converting") as on_progress:
-        done = convert_checkpoint(
-            folder, target.value, output, step=step, options=options, on_progress=on_progress
+        place, step = ranks.everywhere(lambda: folder_and_step(folder, step))
+        given = ranks.everywhere(lambda: None if config is None else _read_config(config))
+        options = ConvertOptions(
+            weights_only=weights_only, max_shard_size=max_shard_size, config=given
         )
-    typer.echo(f"step {done} as {target.value}: {output}")
+        write = partial(convert_checkpoint, place, target.value, output, step=step)
+        with progress("converting") if ranks.rank == 0 else nullcontext() as advance:
+            done = write(options=options, group=ranks, on_progress=advance)
+    if ranks.rank == 0:
+        typer.echo(f"step {done} as {target.value}: {output}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
