@@ -101,7 +101,7 @@ class Checkpointer:
         self._pending: PendingSave | None = None
         self._closed = False
         self._sigterm = SigtermMemory() if self.config.save_on_sigterm else None
-        _open.add(self)
+        _open[self] = os.getpid()
 
     def begin(self, model: torch.nn.Module | LiveState) -> None:
         """With ``seeded_base``: take the weights of ``model``, as they were just initialised, as
@@ -300,7 +300,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        _open.discard(self)
+        _open.pop(self, None)
         try:
             if self._pending is not None and not self._pending.reported:
                 self._pending.wait()
@@ -378,13 +378,14 @@ class Checkpointer:
         return found
 
 
-_open: set[Checkpointer] = set()
+_open: dict[Checkpointer, int] = {}
+"""By the process that made it: what forks from that has its saves in sight, which never end there."""
 
 
 def _close_at_exit() -> None:
-    while _open:
+    while own := [opened for opened, pid in _open.items() if pid == os.getpid()]:
         try:
-            next(iter(_open)).close()
+            own[0].close()
         except Exception:
             logger.exception("the last save failed")
         except KeyboardInterrupt:
