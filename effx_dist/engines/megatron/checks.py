@@ -1,0 +1,81 @@
+"""What the adapter needs of Megatron-core, and what it cannot work under; told before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import megatron.core
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from effx_dist.errors import ConfigError
+
+TESTED_VERSION = "0.16.1"
+_KINDS = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
+_NEEDED = {
+    DistributedOptimizer: (
+        *("buffers", "data_parallel_group", "model_chunks", "tp_group"),
+        *("model_float16_groups", "shard_fp32_from_float16_groups"),
+        *("model_fp32_groups", "shard_fp32_groups"),
+        *("_get_model_param_range_map", "_copy_main_params_to_model_params"),
+    ),
+    Float16OptimizerWithFloat16Params: (
+        *("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups", "tp_group"),
+        "_copy_main_params_to_model_params",
+    ),
+    FP32Optimizer: ("tp_group",),
+}
+"""What Megatron does not document, by the kind of optimizer that must have it."""
+
+_OPTIMIZER_SETTINGS = {
+    "use_precision_aware_optimizer": "keeps the master weights inside Transformer Engine's FusedAdam, in parts "
+    "that no other optimizer can step or read exactly",
+    "optimizer_cpu_offload": "steps part of the parameters by a second optimizer on the host, out of reach here",
+}
+_DDP_SETTINGS = {
+    "use_megatron_fsdp": "cuts parameters in a way of its own; use the distributed optimizer",
+    "fp8_param_gather": "keeps the parameters in 8 bits, which master weights cannot be written to from here",
+}
+
+
+def check(optimizers: Sequence[Any], model_chunks: Sequence[Any]) -> None:
+    """Refuse what the adapter cannot work with. No communication is performed.
+
+    Raises ConfigError: every problem is listed, with what to do.
+    """
+    found = [*_of_optimizers(optimizers), *_of_chunks(model_chunks)]
+    if found:
+        heading = "effx_dist.megatron.attach: cannot work with this:"
+        raise ConfigError("\n  ".join([heading, *dict.fromkeys(found)]))
+
+
+def _of_optimizers(optimizers: Sequence[Any]) -> Iterator[str]:
+    for optimizer in optimizers:
+        kind = next((kind for kind in _KINDS if isinstance(optimizer, kind)), None)
+        if kind is None or type(optimizer) not in _KINDS:
+            names = ", ".join(known.__name__ for known in _KINDS)
+            yield f"optimizer: {type(optimizer).__name__} is none of {names}; use OptimizerConfig(optimizer='adam')"
+            continue
+        for name, reason in _OPTIMIZER_SETTINGS.items():
+            if getattr(optimizer.config, name, False):
+                yield f"OptimizerConfig.{name}=True: {reason}; must be False"
+        missing = [name for name in _NEEDED[kind] if not hasattr(optimizer, name)]
+        if missing and not _settings_explain(optimizer):
+            yield (
+                f"megatron-core {megatron.core.__version__}: {kind.__name__} has no {', '.join(missing)}, which "
+                f"the adapter was written for in {TESTED_VERSION}; use that version"
+            )
+
+
+def _settings_explain(optimizer: Any) -> bool:
+    """Megatron FSDP leaves a DistributedOptimizer without any buffer of its own."""
+    return bool(getattr(getattr(optimizer, "ddp_config", None), "use_megatron_fsdp", False))
+
+
+def _of_chunks(model_chunks: Sequence[Any]) -> Iterator[str]:
+    for chunk in model_chunks:
+        config = getattr(chunk, "ddp_config", None)
+        for name, reason in _DDP_SETTINGS.items():
+            if getattr(config, name, False):
+                yield f"DistributedDataParallelConfig.{name}=True: {reason}; must be False"

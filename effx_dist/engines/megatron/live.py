@@ -1,0 +1,344 @@
+"""Megatron-core: weights and optimizer state under the names and shapes of the whole model.
+
+What is saved of a trained parameter is its float32 master weights, in the boxes that this rank holds.
+A checkpoint says nothing of tensor-, pipeline- or data-parallel ranks, of buckets or of padding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from effx_dist.checkpoint import Fragment
+from effx_dist.checkpoint.joints import TensorFacts
+from effx_dist.checkpoint.live import (
+    LiveState,
+    OptimizerState,
+    StateByName,
+    group_options,
+    take_group_options,
+)
+from effx_dist.engines.megatron.cautious import keeps_steps_in_groups
+from effx_dist.engines.megatron.fragments import MainParam, Placement
+from effx_dist.engines.megatron.layout import Layout
+from effx_dist.errors import LayoutMismatchError
+from effx_dist.shard import Box, Piece, WholeTensor, whole_box
+
+_STEP = "step"
+
+
+class MegatronState(LiveState):
+    """Model chunks and their optimizers. Make a new one for each save and each load.
+
+    Args:
+        layout: of the job.
+        with_optimizer: whether the optimizers' state is part of it.
+
+    Making one performs no communication, nor does saving from it. A fresh optimizer is made to have a
+    state by a step of zero gradients, and :meth:`finish` gathers parameters; both are collective.
+    """
+
+    def __init__(self, layout: Layout, with_optimizer: bool = True) -> None:
+        self._layout = layout
+        self.has_optimizer = with_optimizer and any(m.group_index >= 0 for m in layout.members)
+        self._saved: Mapping[str, TensorFacts] = {}
+        self._wider: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def fit(self, saved: Mapping[str, TensorFacts]) -> None:
+        """Of a padded vocabulary, the rows that both have are loaded. Where the model is loaded without
+        an optimizer, its 16-bit parameters are rounded from what the checkpoint holds."""
+        self._saved = saved
+
+    @property
+    def refitted(self) -> frozenset[str]:
+        members = self._layout.members
+        shapes = {member.name: member.facts.shape for member in members}
+        return frozenset(name for name, own in shapes.items() if self._shape(name, own) != own)
+
+    def model_state(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            member.name: Fragment(
+                self._shape(member.name, member.facts.shape), member.facts.dtype, []
+            )
+            for member in self._layout.members
+        }
+        for placement in self._layout.placed:
+            known = self._layout.by_param.get(id(placement.tensor))
+            if known is None:
+                found[placement.name] = self._as_it_is(placement)
+            elif known[1].main is not None:
+                found[placement.name] = self._fragment(known[1], known[1].main)
+        return found
+
+    def tied_names(self) -> dict[str, str]:
+        return {}  # Megatron's names of a tied tensor are one
+
+    def take_model_values(self, values: Mapping[str, Any]) -> None:
+        """There are none."""
+
+    def optimizer_state(self) -> OptimizerState:
+        options = group_options(self._layout.param_groups)
+        return OptimizerState(self._by_name(), self._layout.group_parameters, options)
+
+    def made_optimizer_state(self) -> tuple[StateByName, bool]:
+        told_fresh = self._layout.group.all_gather_object(
+            [_is_fresh(optimizer.optimizer) for optimizer in self._layout.optimizers]
+        )
+        # a rank without any part in an optimizer steps along with the others, or not at all
+        used = {i for row in told_fresh for i, is_fresh in enumerate(row) if is_fresh is False}
+        for index, optimizer in enumerate(self._layout.optimizers):
+            if index not in used:
+                _make_state(optimizer.optimizer)
+            _add_steps(optimizer.optimizer)
+        state = self._by_name()
+        told = self._layout.group.all_gather_object(_dtypes(state))
+        dtypes = {key: dtype for row in told for key, dtype in row.items()}
+        for member in self._layout.members:
+            if member.group_index >= 0 and member.name not in state:
+                state[member.name] = self._nothing_of(member.name, member.facts.shape, dtypes)
+        return state, not used
+
+    def take_optimizer_state(self, state: StateByName) -> None:
+        for optimizer, params in zip(self._layout.optimizers, self._layout.params, strict=True):
+            inner = optimizer.optimizer
+            for param in params:
+                if param.main is not None:
+                    self._take_state_of(inner, param, state.get(param.whole.name, {}))
+            if keeps_steps_in_groups(inner):
+                _take_steps(inner, params, state)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self._layout.param_groups)
+
+    def take_group_options(self, options: list[dict[str, Any]]) -> None:
+        steps = [group.get(_STEP) for group in self._layout.param_groups]
+        take_group_options(self._layout.param_groups, options)
+        for group, step in zip(self._layout.param_groups, steps, strict=True):
+            group.pop(_STEP, None)  # the parameters' own are what counts
+            if step is not None:
+                group[_STEP] = step
+
+    def random_states(self) -> dict[str, torch.Tensor]:
+        """Megatron's tracker, under names that say for which layout its states are: another one has
+        other ranks draw alike."""
+        return {
+            f"{_layout_name()}:{name}": state
+            for name, state in get_cuda_rng_tracker().get_states().items()
+            if isinstance(state, torch.Tensor)
+        }
+
+    def take_random_states(self, states: Mapping[str, torch.Tensor]) -> None:
+        tracker = get_cuda_rng_tracker()
+        known = tracker.get_states()
+        found = {name: states.get(f"{_layout_name()}:{name}") for name in known}
+        tracker.set_states(
+            known | {name: state for name, state in found.items() if state is not None}
+        )
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """From the master weights to the parameters that compute, by Megatron's own ways."""
+        for parameter, wide in self._wider:
+            parameter.copy_(wide)
+        for optimizer in self._layout.optimizers:
+            if hasattr(optimizer, "_copy_main_params_to_model_params"):
+                optimizer._copy_main_params_to_model_params()
+        if any(isinstance(found, DistributedOptimizer) for found in self._layout.optimizers):
+            for chunk in self._layout.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor's own shape, or the checkpoint's where they differ by padding alone."""
+        saved = self._saved.get(name)
+        if saved is None or name not in self._layout.padded or saved.shape[1:] != shape[1:]:
+            return shape
+        return saved.shape
+
+    def _fragment(self, param: MainParam, local: torch.Tensor) -> Fragment:
+        parts = [(piece.box, piece.view(local.detach())) for piece in param.pieces]
+        return self._of_parts(param.placement, local.dtype, parts)
+
+    def _of_parts(
+        self,
+        placement: Placement,
+        dtype: torch.dtype,
+        parts: Sequence[tuple[Box, torch.Tensor]],
+    ) -> Fragment:
+        shape = self._shape(placement.name, placement.shape)
+        if shape != placement.shape:
+            parts = _rows_below(shape[0], parts)
+        return Fragment(shape, dtype, parts, is_replica=not placement.is_main)
+
+    def _as_it_is(self, placement: Placement) -> Fragment:
+        """A tensor that no optimizer steps."""
+        tensor = placement.tensor.detach()
+        saved = self._saved.get(placement.name)
+        is_rounded = saved is not None and (tensor.dtype, saved.dtype) in _ROUNDED
+        if is_rounded and not self._layout.optimizers:
+            wide = tensor.float()
+            self._wider.append((tensor, wide))
+            tensor = wide
+        whole = WholeTensor(placement.name, placement.shape)
+        pieces = [Piece(whole, box, local_start) for box, local_start in placement.parts]
+        parts = [(piece.box, piece.view(tensor)) for piece in pieces]
+        return self._of_parts(placement, tensor.dtype, parts)
+
+    def _by_name(self) -> StateByName:
+        found: StateByName = {}
+        for optimizer, params in zip(self._layout.optimizers, self._layout.params, strict=True):
+            inner = optimizer.optimizer
+            for param in params:
+                state = inner.state.get(param.main) if param.main is not None else None
+                if state:
+                    found[param.whole.name] = self._state_of(inner, param, state)
+        return found
+
+    def _state_of(self, inner: Any, param: MainParam, state: Mapping[str, Any]) -> dict[str, Any]:
+        assert param.main is not None, "callers look"
+        entries: dict[str, Any] = {}
+        if keeps_steps_in_groups(inner) and _STEP not in state:
+            step = inner.param_groups[param.group_index].get(_STEP, 0)
+            state = {**state, _STEP: torch.tensor(float(step))}
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                entries[key] = value
+            elif value.shape == param.main.shape and key != _STEP:
+                entries[key] = self._fragment(param, value)
+            else:
+                number = value.detach().float().cpu()
+                entries[key] = Fragment(
+                    (), number.dtype, [(whole_box(()), number)], not param.placement.is_main
+                )
+        return entries
+
+    def _nothing_of(
+        self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, tuple[torch.dtype, bool]]
+    ) -> dict[str, Any]:
+        """The state of a parameter that other ranks hold."""
+        return {
+            key: Fragment(self._shape(name, shape) if is_spread else (), dtype, [])
+            for key, (dtype, is_spread) in dtypes.items()
+        }
+
+    def _take_state_of(self, inner: Any, param: MainParam, saved: Mapping[str, Any]) -> None:
+        assert param.main is not None, "callers look"
+        own = inner.state[param.main]
+        is_clipped = self._shape(param.whole.name, param.whole.shape) != param.whole.shape
+        for key, value in own.items():
+            if isinstance(value, torch.Tensor) and key != _STEP and value.shape == param.main.shape:
+                if key not in saved:
+                    value.zero_()
+                elif is_clipped:
+                    _zero_rows_from(self._saved[param.whole.name].shape[0], param, value)
+            elif isinstance(value, torch.Tensor):
+                value.fill_(_number(saved.get(key)))
+
+
+_ROUNDED = frozenset({(torch.bfloat16, torch.float32), (torch.float16, torch.float32)})
+
+
+def _rows_below(
+    num_rows: int, parts: Sequence[tuple[Box, torch.Tensor]]
+) -> list[tuple[Box, torch.Tensor]]:
+    found = []
+    for box, part in parts:
+        rows = min(box.sizes[0], num_rows - box.offsets[0])
+        if rows > 0:
+            found.append((Box(box.offsets, (rows, *box.sizes[1:])), part[:rows]))
+    return found
+
+
+def _zero_rows_from(num_rows: int, param: MainParam, value: torch.Tensor) -> None:
+    for piece in param.pieces:
+        first = max(0, num_rows - piece.box.offsets[0])
+        piece.view(value)[first:].zero_()
+
+
+def _number(saved: Any) -> float:
+    """What a checkpoint has of a value that a parameter has one of; 0 where it has none."""
+    if isinstance(saved, Fragment):
+        return float(saved.parts[0][1]) if saved.parts else 0.0
+    return 0.0 if saved is None else float(saved)
+
+
+def _take_steps(inner: Any, params: Sequence[MainParam], state: StateByName) -> None:
+    """For an optimizer that counts its steps by group."""
+    for index, group in enumerate(inner.param_groups):
+        entries = [
+            state.get(param.whole.name, {}) for param in params if param.group_index == index
+        ]
+        steps = {_number(entry[_STEP]) for entry in entries if _STEP in entry}
+        if len(steps) > 1:
+            raise LayoutMismatchError(
+                f"parameters of group {index} have taken {sorted(steps)} steps in the checkpoint, but the "
+                "optimizer here counts once for a group; load it into the optimizer that saved it"
+            )
+        group[_STEP] = int(next(iter(steps), 0))
+
+
+def _dtypes(state: StateByName) -> dict[str, tuple[torch.dtype, bool]]:
+    """Of each key: its dtype, and whether it has a value for every element of its parameter."""
+    return {
+        key: (value.dtype, value.shape != ())
+        for entries in state.values()
+        for key, value in entries.items()
+        if isinstance(value, Fragment)
+    }
+
+
+def _is_fresh(inner: torch.optim.Optimizer) -> bool | None:
+    """None where it holds nothing on this rank."""
+    holds = any(group["params"] for group in inner.param_groups)
+    return not any(inner.state.values()) if holds else None
+
+
+def _make_state(inner: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its state by a step that changes nothing, and count it as none."""
+    params = [param for group in inner.param_groups for param in group["params"]]
+    rates = [group["lr"] for group in inner.param_groups]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Megatron's own: they are views, no leaves
+        grads = [param.grad for param in params]
+    try:
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+        inner.step()
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+            if _STEP in group:
+                group[_STEP] = 0
+    for state in inner.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def _add_steps(inner: torch.optim.Optimizer) -> None:
+    """Megatron's own way to make a state before it loads, of moments alone, leaves them out."""
+    if not keeps_steps_in_groups(inner):
+        for state in inner.state.values():
+            if "exp_avg" in state and _STEP not in state:
+                state[_STEP] = torch.tensor(0.0)
+
+
+def _layout_name() -> str:
+    sizes = {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+    return "-".join(f"{name}{size}" for name, size in sizes.items())

@@ -1,0 +1,215 @@
+"""Megatron's own calls, ``dist_checkpointing.save`` and ``load``, on this library's checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.base import (
+    AsyncSaveShardedStrategy,
+    LoadShardedStrategy,
+)
+
+from effx_dist.checkpoint import PendingSave
+from effx_dist.checkpoint.reader import open_checkpoint
+from effx_dist.engines.megatron.checkpoint import MegatronCheckpoints
+from effx_dist.engines.megatron.fragments import Placement
+from effx_dist.errors import ConfigError
+
+BACKEND, VERSION = "effx", 1
+"""What Megatron writes into ``metadata.json`` of a checkpoint that the strategies made."""
+CHAIN = "effx"
+"""The folder beside Megatron's own that holds the compressed checkpoints of all iterations."""
+_OPTIMIZER_KEY = re.compile(r"(chained_[0-9]+\.)?optimizer\.")
+_NUMBER = re.compile(r"[0-9]+")
+_POLL_S = 0.2
+
+
+class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megatron has no annotations
+    """For ``dist_checkpointing.save(sharded_state_dict, root/iter_0000100, sharded_strategy=...)``.
+
+    Tensors of the model and the optimizer are written as :meth:`Handle.save_checkpoint` writes them, into
+    the chain ``root/effx``; everything else (common state, sharded objects such as random states) by
+    Megatron, into ``root/iter_0000100``. What of the optimizer is in the state dict is not looked at, so
+    that any format will do: ``metadata={"distrib_optim_sharding_type": "dp_reshardable"}`` costs nothing
+    to make, but Megatron itself finds its names again at the same tensor- and pipeline-parallel size
+    alone; "fully_reshardable" loads at any.
+
+    ``save`` returns once all is committed; with ``async_sharded_save=True`` it returns after the copy of
+    the state, and Megatron's AsyncCallsQueue finalizes once it is committed.
+    """
+
+    def __init__(
+        self, checkpoints: MegatronCheckpoints, on_save: Callable[[PendingSave], None]
+    ) -> None:
+        super().__init__(BACKEND, VERSION)
+        self._checkpoints = checkpoints
+        self._on_save = on_save
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
+        pending = self._begin(sharded_state_dict, checkpoint_dir)
+        marker = _marker_until(pending)
+        return AsyncRequest(_wait_for, (marker, os.getpid()), [pending.wait])
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        self._begin(sharded_state_dict, checkpoint_dir).wait()
+
+    def _begin(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> PendingSave:
+        layout = self._checkpoints.layout
+        layout.group.everywhere(
+            lambda: _refuse_strangers(sharded_state_dict, layout.placed), keep_own_error=True
+        )
+        chain, iteration = chain_of(checkpoint_dir)
+        pending = self._checkpoints.save(chain, iteration)
+        self._on_save(pending)
+        return pending
+
+
+class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
+    """For ``dist_checkpointing.load(sharded_state_dict, root/iter_0000100, sharded_strategy=...)``.
+
+    Model and, where the state dict asks for the optimizer, optimizer are filled in place, at any layout;
+    ``load_state_dict`` of both may then be called as ever: it finds what is there already.
+    """
+
+    def __init__(self, checkpoints: MegatronCheckpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def check_backend_compatibility(self, loaded_backend: str) -> None:
+        if loaded_backend != BACKEND:
+            raise ConfigError(
+                f"metadata.json: backend {loaded_backend!r} is not {BACKEND!r}; load this checkpoint "
+                "without a sharded_strategy, as Megatron wrote it"
+            )
+
+    def check_version_compatibility(self, loaded_version: int) -> None:
+        if loaded_version > VERSION:
+            raise ConfigError(
+                f"metadata.json: version {loaded_version} is newer than {VERSION}; update effx-dist"
+            )
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
+        chain, iteration = chain_of(checkpoint_dir)
+        wants_optimizer = any(_of_optimizer(sharded) for sharded in _tensors(sharded_state_dict))
+        layout = self._checkpoints.layout
+        self._checkpoints.load(chain, iteration=iteration, load_optimizer=wants_optimizer)
+        if wants_optimizer:
+            for optimizer in layout.optimizers:
+                _keep_what_was_loaded(optimizer)
+        return dict_list_map_inplace(_data_of, sharded_state_dict)
+
+    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedTensor]:
+        chain, iteration = chain_of(checkpoint_dir)
+        with open_checkpoint(chain, iteration) as opened:
+            return {
+                name: _outline(name, tuple(record.shape), record.torch_dtype)
+                for name, record in opened.top.manifest.tensors.items()
+            }
+
+
+def chain_of(checkpoint_dir: str | Path) -> tuple[Path, int]:
+    """Where the strategies keep a checkpoint of Megatron's: the chain's folder, and the iteration, which
+    is the last number in the folder's name. Raises ConfigError where there is none."""
+    path = Path(checkpoint_dir)
+    numbers = _NUMBER.findall(path.name)
+    if not numbers:
+        raise ConfigError(
+            f"checkpoint_dir={str(path)!r}: its name must hold the iteration, as iter_0000100 does"
+        )
+    return path.parent / CHAIN, int(numbers[-1])
+
+
+def _tensors(sharded_state_dict: Any) -> list[ShardedTensor]:
+    return [
+        value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)
+    ]
+
+
+def _of_optimizer(sharded: ShardedTensor) -> bool:
+    return _OPTIMIZER_KEY.match(sharded.key) is not None
+
+
+def _refuse_strangers(sharded_state_dict: Any, placed: Sequence[Placement]) -> None:
+    """What is neither the model's nor the optimizer's would be lost."""
+    ranges = [_memory(placement.tensor) for placement in placed]
+    for sharded in _tensors(sharded_state_dict):
+        if not _of_optimizer(sharded) and sharded.data is not None:
+            first, last = _memory(sharded.data)
+            if not any(start <= first and last <= stop for start, stop in ranges):
+                raise ConfigError(
+                    f"{sharded.key}: is no tensor of the model chunks that effx_dist.megatron.attach was "
+                    "given; save it as a ShardedObject, or attach the model that holds it"
+                )
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+
+def _data_of(value: Any) -> Any:
+    return value.data if isinstance(value, ShardedTensor) else value
+
+
+def _outline(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> ShardedTensor:
+    zeros = (0,) * len(shape)
+    ones = (1,) * len(shape)
+    return ShardedTensor(name, None, dtype, shape, shape, zeros, ones)
+
+
+def _keep_what_was_loaded(optimizer: Any) -> None:
+    """Megatron's next ``load_state_dict`` of a state dict that names no values of ours takes everything
+    but the parameters' state, and leaves that as it is: its own way back sets the number of steps to
+    that of an optimizer just made.
+    """
+    original = optimizer.load_state_dict
+
+    def load_state_dict(state_dict: Mapping[str, Any]) -> None:
+        del optimizer.load_state_dict  # back to the class's, for whatever is loaded later
+        inner = optimizer.optimizer
+        state = {param: dict(entries) for param, entries in inner.state.items()}
+        steps = {param: _copied(entries.get("step")) for param, entries in state.items()}
+        options = [dict(group) for group in inner.param_groups]
+        original({key: value for key, value in state_dict.items() if key != "param_state"})
+        for param, entries in state.items():
+            inner.state[param] = entries | ({} if steps[param] is None else {"step": steps[param]})
+        for group, kept in zip(inner.param_groups, options, strict=True):
+            if "step" in kept:
+                group["step"] = kept["step"]
+
+    optimizer.load_state_dict = load_state_dict
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _marker_until(pending: PendingSave) -> str:
+    """Path of an empty file that is there until a save has ended, for processes that cannot see it."""
+    descriptor, path = tempfile.mkstemp(prefix="effx-save-")
+    os.close(descriptor)
+    pending.on_end(lambda: Path(path).unlink(missing_ok=True))
+    return path
+
+
+def _wait_for(marker: str, owner: int) -> None:
+    """In the process that Megatron starts for an asynchronous save."""
+    parent = os.getppid()
+    while os.path.exists(marker) and os.getppid() == parent and _lives(owner):
+        time.sleep(_POLL_S)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
