@@ -92,7 +92,10 @@ class StepMeter:
         self.since = time.perf_counter()
 
     def add_losses(self, losses: torch.Tensor, num_tokens: int) -> None:
-        """Count one micro-batch: losses[batch] of its sequences, before any weight."""
+        """Count one micro-batch: losses[batch] of its sequences, before any weight.
+
+        Where several ranks have the same losses, all of them count them and one the tokens.
+        """
         self.loss_sum += losses.detach().double().sum()
         self.num_losses += losses.numel()
         self.num_tokens += num_tokens
@@ -120,17 +123,16 @@ class StepMeter:
     def report(self) -> dict[str, float]:
         """Means over all ranks since the last report, and start anew.
 
-        One all-reduce of two numbers.
+        One all-reduce of three numbers.
         """
-        totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(float(self.num_losses))])
-        world = 1
+        counts = self.loss_sum.new_tensor([float(self.num_losses), float(self.num_tokens)])
+        totals = torch.cat([self.loss_sum.reshape(1), counts])
         if dist.is_initialized():
             dist.all_reduce(totals)
-            world = dist.get_world_size()
         elapsed_s = time.perf_counter() - self.since - self.outside_s
         values = {
             "train/loss": float(totals[0] / totals[1]),
-            "tokens_per_s": world * self.num_tokens / max(elapsed_s, 1e-9),
+            "tokens_per_s": float(totals[2]) / max(elapsed_s, 1e-9),
         }
         if self.num_steps:
             values["optimizer_step_s"] = self.optimizer_s / self.num_steps

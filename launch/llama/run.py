@@ -32,16 +32,22 @@ class Run(ABC):
     sampler: effx.InfoBatchSampler
 
     def __init__(
-        self, settings: RunSettings, run_dir: Path, device: torch.device, log_samples: bool
+        self,
+        settings: RunSettings,
+        run_dir: Path,
+        device: torch.device,
+        log_samples: bool,
+        num_data_ranks: int | None = None,
     ) -> None:
+        """`num_data_ranks` see different samples; None: all do. Of those that see the same, one gets `log_samples`."""
         self.settings, train = settings, settings.train
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
         torch.manual_seed(train.seed)
-        self.accumulation = loop.accumulation_steps(train, self.world)
+        self.accumulation = loop.accumulation_steps(train, num_data_ranks or self.world)
         cache_dir = Path(settings.data.cache_dir or run_dir / "data")
         self.data = prepare(settings.data, settings.model.vocab_size, cache_dir)
-        self.step = self.samples = self.last_saved = 0
+        self.step = self.samples = self.last_saved = self.last_logged = 0
         self.saves: loop.Saves = []
         self.meter = loop.StepMeter(device)
         self.metrics = Metrics(run_dir, self.rank, train.num_epochs, settings.log.tensorboard)
@@ -68,13 +74,13 @@ class Run(ABC):
 
     def say_resumed(self) -> None:
         """Record that the run goes on from the checkpoint of `step`."""
-        self.last_saved = self.step
+        self.last_saved = self.last_logged = self.step
         self.metrics.event("resume", step=self.step, world_size=self.world)
         self.metrics.say(f"resumed from step {self.step} on {self.world} rank(s)")
 
     def say_plan(self, epoch: int) -> None:
         """Record what InfoBatch keeps of this epoch; after a resume within it, again as an event."""
-        planned = len(self.sampler) * self.world
+        planned = len(self.sampler) * self.sampler.group.size
         self.metrics.event("epoch", epoch=epoch, step=self.step, planned_samples=planned)
         if self.sampler.position:
             return
@@ -101,6 +107,7 @@ class Run(ABC):
 
     def log_step(self) -> None:
         """Record and show the mean of the steps since the last time."""
+        self.last_logged = self.step
         values = self.meter.report()
         values["lr"] = self.lr
         values["epoch"] = float(self.sampler.progress)
@@ -115,15 +122,18 @@ class Run(ABC):
     def evaluate(self) -> None:
         """Loss on the held-out documents."""
         with self.meter.not_counted():
-            loss = held_out_loss(
-                self.model, self.data.held_out, self.settings.eval.batch_size, self.device
-            )
+            loss = self.held_out_loss()
         self.metrics.log(self.step, {"eval/loss": loss}, self.samples)
         self.metrics.say(f"step {self.step}: held-out loss {loss:.4f}")
 
+    def held_out_loss(self) -> float:
+        """Mean loss per token of the held-out documents, on every rank."""
+        batch_size = self.settings.eval.batch_size
+        return held_out_loss(self.model, self.data.held_out, batch_size, self.device)
+
     def finish(self) -> None:
         """Take the last checkpoint and the last evaluation, and see both written."""
-        if self.meter.num_losses:
+        if self.last_logged < self.step:
             self.log_step()
         if self.settings.checkpoint.every_steps:
             self.save()
