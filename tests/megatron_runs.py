@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from tests import megatron_shim  # noqa: F401  before megatron
 
@@ -80,7 +81,8 @@ class Case:
 
 @contextmanager
 def parallel(case: Case) -> Iterator[None]:
-    """Megatron's groups over all ranks there are."""
+    """Megatron's groups over all ranks there are; none is left over, as each has threads of its own."""
+    known = set(distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
@@ -88,11 +90,14 @@ def parallel(case: Case) -> Iterator[None]:
         virtual_pipeline_model_parallel_size=case.virtual,
         num_distributed_optimizer_instances=case.instances,
     )
+    made = set(distributed_c10d._world.pg_map) - known
     model_parallel_cuda_manual_seed(SEED)
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        for group in made & set(distributed_c10d._world.pg_map):
+            dist.destroy_process_group(group)
 
 
 def transformer_config(case: Case) -> TransformerConfig:
