@@ -14,6 +14,7 @@ from tests.megatron_runs import Case, Job, gathered, mains, make_job, parallel
 from tests.optim_runs import Traffic
 
 # isort: split
+from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from effx_dist.config import EffxConfig
@@ -145,7 +146,7 @@ class _Training:
     def run(self) -> Run:
         self._compare("at the start")
         for step in range(NUM_STEPS):
-            overflows = step == self._scenario.overflows_at and dist.get_rank() == 0
+            overflows = step == self._scenario.overflows_at and self._is_first
             is_done, *_ = self.job.step(
                 self.job.batch(step), self._overflow if overflows else lambda: None
             )
@@ -160,6 +161,13 @@ class _Training:
             name: tensor.values for name, tensor in mains(self.handle.layout).items()
         }
         return self._run
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this rank is to overflow: what is reduced but not cut is alike on data-parallel ranks."""
+        if self._scenario.case.distributed:
+            return dist.get_rank() == 0
+        return parallel_state.get_model_parallel_group().rank() == 0
 
     def _overflow(self) -> None:
         for chunk in self.job.chunks:

@@ -147,12 +147,17 @@ class MegatronState(LiveState):
         """From the master weights to the parameters that compute, by Megatron's own ways."""
         for parameter, wide in self._wider:
             parameter.copy_(wide)
+        is_cut = any(isinstance(found, DistributedOptimizer) for found in self._layout.optimizers)
+        gathered = self._layout.model_chunks if is_cut else []
+        for chunk in gathered:
+            if chunk.ddp_config.overlap_param_gather:
+                # where one is under way, Megatron waits for that one and begins no other
+                chunk.start_param_sync(force_sync=True)
         for optimizer in self._layout.optimizers:
             if hasattr(optimizer, "_copy_main_params_to_model_params"):
                 optimizer._copy_main_params_to_model_params()
-        if any(isinstance(found, DistributedOptimizer) for found in self._layout.optimizers):
-            for chunk in self._layout.model_chunks:
-                chunk.start_param_sync(force_sync=True)
+        for chunk in gathered:
+            chunk.start_param_sync(force_sync=True)
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A tensor's own shape, or the checkpoint's where they differ by padding alone."""

@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    extract_matching_values,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import (
     AsyncSaveShardedStrategy,
     LoadShardedStrategy,
+)
+from megatron.core.dist_checkpointing.strategies.common import (
+    TorchCommonLoadStrategy,
+    TorchCommonSaveStrategy,
 )
 
 from effx_dist.checkpoint import PendingSave
@@ -32,6 +40,7 @@ CHAIN = "effx"
 _OPTIMIZER_KEY = re.compile(r"(chained_[0-9]+\.)?optimizer\.")
 _NUMBER = re.compile(r"[0-9]+")
 _POLL_S = 0.2
+_objects = TorchCommonLoadStrategy()
 
 
 class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megatron has no annotations
@@ -40,9 +49,8 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
     Tensors of the model and the optimizer are written as :meth:`Handle.save_checkpoint` writes them, into
     the chain ``root/effx``; everything else (common state, sharded objects such as random states) by
     Megatron, into ``root/iter_0000100``. What of the optimizer is in the state dict is not looked at, so
-    that any format will do: ``metadata={"distrib_optim_sharding_type": "dp_reshardable"}`` costs nothing
-    to make, but Megatron itself finds its names again at the same tensor- and pipeline-parallel size
-    alone; "fully_reshardable" loads at any.
+    that the format that costs nothing to make is the best at every layout:
+    ``metadata={"distrib_optim_sharding_type": "dp_reshardable"}``.
 
     ``save`` returns once all is committed; with ``async_sharded_save=True`` it returns after the copy of
     the state, and Megatron's AsyncCallsQueue finalizes once it is committed.
@@ -63,11 +71,24 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         self._begin(sharded_state_dict, checkpoint_dir).wait()
 
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
     def _begin(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> PendingSave:
         layout = self._checkpoints.layout
-        layout.group.everywhere(
-            lambda: _refuse_strangers(sharded_state_dict, layout.placed), keep_own_error=True
+        others, _ = extract_matching_values(
+            sharded_state_dict, lambda v: isinstance(v, ShardedObject) and not _of_optimizer(v)
         )
+
+        def check_and_save_objects() -> None:
+            _refuse_strangers(sharded_state_dict, layout.placed)
+            chain_of(checkpoint_dir)
+            TorchCommonSaveStrategy(BACKEND, VERSION).save_sharded_objects(
+                others, str(checkpoint_dir)
+            )
+
+        layout.group.everywhere(check_and_save_objects, keep_own_error=True)
         chain, iteration = chain_of(checkpoint_dir)
         pending = self._checkpoints.save(chain, iteration)
         self._on_save(pending)
@@ -97,15 +118,33 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
                 f"metadata.json: version {loaded_version} is newer than {VERSION}; update effx-dist"
             )
 
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
     def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
         chain, iteration = chain_of(checkpoint_dir)
-        wants_optimizer = any(_of_optimizer(sharded) for sharded in _tensors(sharded_state_dict))
+        tensors = _tensors(sharded_state_dict)
+        wants_optimizer = any(_of_optimizer(sharded) for sharded in tensors)
         layout = self._checkpoints.layout
         self._checkpoints.load(chain, iteration=iteration, load_optimizer=wants_optimizer)
         if wants_optimizer:
+            returned = [sharded.data for sharded in tensors if _of_optimizer(sharded)]
             for optimizer in layout.optimizers:
-                _keep_what_was_loaded(optimizer)
-        return dict_list_map_inplace(_data_of, sharded_state_dict)
+                _ignore_what_is_there(optimizer, returned)
+
+        def value_of(value: Any) -> Any:
+            if isinstance(value, ShardedObject) and not _of_optimizer(value):
+                return _objects.load_sharded_objects({"it": value}, str(checkpoint_dir))["it"]
+            return value.data if isinstance(value, ShardedTensor | ShardedObject) else value
+
+        return layout.group.everywhere(
+            lambda: dict_list_map_inplace(value_of, sharded_state_dict), keep_own_error=True
+        )
+
+    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        objects: dict[str, Any] = _objects.load_sharded_metadata(checkpoint_dir)
+        return objects | self.load_tensors_metadata(checkpoint_dir)
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedTensor]:
         chain, iteration = chain_of(checkpoint_dir)
@@ -134,7 +173,7 @@ def _tensors(sharded_state_dict: Any) -> list[ShardedTensor]:
     ]
 
 
-def _of_optimizer(sharded: ShardedTensor) -> bool:
+def _of_optimizer(sharded: ShardedTensor | ShardedObject) -> bool:
     return _OPTIMIZER_KEY.match(sharded.key) is not None
 
 
@@ -155,41 +194,25 @@ def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
 
 
-def _data_of(value: Any) -> Any:
-    return value.data if isinstance(value, ShardedTensor) else value
-
-
 def _outline(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> ShardedTensor:
     zeros = (0,) * len(shape)
     ones = (1,) * len(shape)
     return ShardedTensor(name, None, dtype, shape, shape, zeros, ones)
 
 
-def _keep_what_was_loaded(optimizer: Any) -> None:
-    """Megatron's next ``load_state_dict`` of a state dict that names no values of ours takes everything
-    but the parameters' state, and leaves that as it is: its own way back sets the number of steps to
-    that of an optimizer just made.
-    """
-    original = optimizer.load_state_dict
+def _ignore_what_is_there(optimizer: Any, returned: Sequence[torch.Tensor]) -> None:
+    """Megatron's next ``load_state_dict`` of a state dict with a tensor that a load here has ``returned``
+    changes nothing: all of it was loaded, and its own way back would set the number of steps to that of an
+    optimizer just made. One of another state dict is Megatron's own again."""
+    own = {id(tensor): tensor for tensor in returned}  # kept alive: no other has its id meanwhile
 
     def load_state_dict(state_dict: Mapping[str, Any]) -> None:
-        del optimizer.load_state_dict  # back to the class's, for whatever is loaded later
-        inner = optimizer.optimizer
-        state = {param: dict(entries) for param, entries in inner.state.items()}
-        steps = {param: _copied(entries.get("step")) for param, entries in state.items()}
-        options = [dict(group) for group in inner.param_groups]
-        original({key: value for key, value in state_dict.items() if key != "param_state"})
-        for param, entries in state.items():
-            inner.state[param] = entries | ({} if steps[param] is None else {"step": steps[param]})
-        for group, kept in zip(inner.param_groups, options, strict=True):
-            if "step" in kept:
-                group["step"] = kept["step"]
+        del optimizer.load_state_dict  # the class's is back
+        tensors = [value for value in nested_values(state_dict) if isinstance(value, torch.Tensor)]
+        if tensors and not any(id(tensor) in own for tensor in tensors):
+            optimizer.load_state_dict(state_dict)
 
     optimizer.load_state_dict = load_state_dict
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _marker_until(pending: PendingSave) -> str:
