@@ -88,6 +88,8 @@ def _on_ranks(world: Group, good: str, absent: str, out: str) -> None:
         assert caught.value.failures == {
             rank: f"OSError: disk {rank}" for rank in range(world.size)
         }
+    with pytest.raises(OSError if world.rank == 0 else typer.Exit):  # once, by whomever it was told
+        _fail_alike()
     if world.rank == 0:
         Path(out).write_text(json.dumps(said))
     # No error gets out of here: only what tool_ranks does itself can release the other rank.
@@ -104,6 +106,15 @@ def _fail_unlike() -> None:
             raise OSError(f"disk {ranks.rank}")
 
         ranks.everywhere(fail)
+
+
+def _fail_alike() -> None:
+    with tool_ranks(NUM_RANKS, False) as ranks:
+
+        def fail() -> None:
+            raise OSError("no such disk")
+
+        ranks.everywhere(lambda: ranks.everywhere(fail))
 
 
 @pytest.fixture(scope="module")

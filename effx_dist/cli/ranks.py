@@ -75,9 +75,12 @@ def tool_ranks(mpi: int, torchrun: bool) -> Iterator[Group]:
     except RankFailedError as error:
         if group.rank:
             raise typer.Exit(FINDING) from None
-        reasons = set(error.failures.values())
-        if len(error.failures) == group.size and len(reasons) == 1 and error.__cause__:
-            raise error.__cause__ from None  # once is enough
+        is_same = len(error.failures) == group.size and len(set(error.failures.values())) == 1
+        own: BaseException | None = error
+        while isinstance(own, RankFailedError):  # told once more on its way out
+            own = own.__cause__
+        if is_same and own is not None:
+            raise own from None  # once is enough
         raise
 
 
