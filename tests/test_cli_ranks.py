@@ -92,6 +92,7 @@ def _on_ranks(world: Group, good: str, absent: str, out: str) -> None:
         _fail_alike()
     if world.rank == 0:
         Path(out).write_text(json.dumps(said))
+    world.barrier()  # it is written before the job ends
     # No error gets out of here: only what tool_ranks does itself can release the other rank.
     with suppress(typer.Exit), tool_ranks(NUM_RANKS, False) as ranks:
         if ranks.rank == 1:

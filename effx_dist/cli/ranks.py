@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from effx_dist.errors import ConfigError, EffxError, RankFailedError
 
 if TYPE_CHECKING:
     from effx_dist.shard import Group
+
+
+LAST_WORDS_S = 1.0
+"""What a rank says before it ends the job has so long to get out: mpirun drops what it has not passed on."""
 
 
 def _told_by_mpirun(context: typer.Context, is_asked: bool) -> int:
@@ -131,5 +136,6 @@ def _of_mpirun(num_ranks: int) -> Iterator[Group]:
         else:
             traceback.print_exc()
         sys.stderr.flush()
+        time.sleep(LAST_WORDS_S)
         group.abort(FINDING)
         raise typer.Exit(FINDING) from None
