@@ -3,6 +3,7 @@ implements to be saved and loaded."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -242,3 +243,31 @@ def take_group_options(param_groups: list[dict[str, Any]], options: list[dict[st
                 group[key].copy_(torch.as_tensor(value))
             else:
                 group[key] = value
+
+
+def make_empty_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer make the state of the parameters in its groups, by a step that changes none of
+    them; then all of it is zero. Collective where its step is."""
+    groups = optimizer.param_groups
+    params = [param for group in groups for param in group["params"]]
+    rates = [group["lr"] for group in groups]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # engines step views, which are no leaves
+        grads = [param.grad for param in params]
+    try:
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        for group in groups:
+            group["lr"] = group["lr"] * 0
+        optimizer.step()
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+    for state in (optimizer.state.get(param, {}) for param in params):
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                state[key] = type(value)(0)

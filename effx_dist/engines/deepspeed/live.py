@@ -21,6 +21,7 @@ from effx_dist.checkpoint.live import (
     OptimizerState,
     StateByName,
     group_options,
+    make_empty_state,
     plain_name,
     take_group_options,
     tied_names,
@@ -201,21 +202,11 @@ def _one_value(key: str, current: Any, partition: Partition, state: StateByName)
 
 
 def _make_state(base: torch.optim.Optimizer, partition: Partition) -> None:
-    """Let the optimizer make its state of one partition, as DeepSpeed steps it: alone. Then all of it
-    is zero."""
-    flat, group = partition.flat, base.param_groups[partition.group_index]
-    groups, params, lr, grad = base.param_groups, group["params"], group["lr"], flat.grad
+    """Let the optimizer make its state of one partition, as DeepSpeed steps it: alone."""
+    group = base.param_groups[partition.group_index]
+    groups, params = base.param_groups, group["params"]
     try:
-        base.param_groups = [group]
-        group["params"], group["lr"] = [flat], lr * 0
-        flat.grad = torch.zeros_like(flat)
-        base.step()
+        base.param_groups, group["params"] = [group], [partition.flat]
+        make_empty_state(base)
     finally:
-        base.param_groups = groups
-        group["params"], group["lr"], flat.grad = params, lr, grad
-    state = base.state[flat]
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            value.zero_()
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            state[key] = type(value)(0)
+        base.param_groups, group["params"] = groups, params

@@ -6,7 +6,6 @@ A checkpoint says nothing of tensor-, pipeline- or data-parallel ranks, of bucke
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from effx_dist.checkpoint.live import (
     OptimizerState,
     StateByName,
     group_options,
+    make_empty_state,
     take_group_options,
 )
 from effx_dist.engines.megatron.cautious import keeps_steps_in_groups
@@ -94,7 +94,7 @@ class MegatronState(LiveState):
         used = {i for row in told_fresh for i, is_fresh in enumerate(row) if is_fresh is False}
         for index, optimizer in enumerate(self._layout.optimizers):
             if index not in used:
-                _make_state(optimizer.optimizer)
+                make_empty_state(optimizer.optimizer)
             _add_steps(optimizer.optimizer)
         state = self._by_name()
         told = self._layout.group.all_gather_object(_dtypes(state))
@@ -302,32 +302,6 @@ def _is_fresh(inner: torch.optim.Optimizer) -> bool | None:
     """None where it holds nothing on this rank."""
     holds = any(group["params"] for group in inner.param_groups)
     return not any(inner.state.values()) if holds else None
-
-
-def _make_state(inner: torch.optim.Optimizer) -> None:
-    """Let the optimizer make its state by a step that changes nothing, and count it as none."""
-    params = [param for group in inner.param_groups for param in group["params"]]
-    rates = [group["lr"] for group in inner.param_groups]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Megatron's own: they are views, no leaves
-        grads = [param.grad for param in params]
-    try:
-        for param in params:
-            param.grad = torch.zeros_like(param)
-        for group in inner.param_groups:
-            group["lr"] = 0.0
-        inner.step()
-    finally:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        for group, rate in zip(inner.param_groups, rates, strict=True):
-            group["lr"] = rate
-            if _STEP in group:
-                group[_STEP] = 0
-    for state in inner.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
 
 
 def _add_steps(inner: torch.optim.Optimizer) -> None:
