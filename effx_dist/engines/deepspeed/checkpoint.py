@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
+from effx_dist.checkpoint.by_folder import CheckpointersByFolder, folder_key
 from effx_dist.checkpoint.convert.universal import ENGINE
 from effx_dist.checkpoint.folder import (
     LATEST,
@@ -75,7 +75,7 @@ class EngineCheckpoints:
         self._on_save = on_save
         self._group = TorchGroup()
         self.last_save: PendingSave | None = None
-        self._by_folder: dict[str, Checkpointer] = {}
+        self._by_folder = CheckpointersByFolder(config, _PREFIX)
         self._last_steps: dict[str, int] = {}
         self._load_of_engine = engine.load_checkpoint
         self._destroy_of_engine = engine.destroy
@@ -85,10 +85,7 @@ class EngineCheckpoints:
 
     def checkpointer(self, save_dir: str | os.PathLike[str]) -> Checkpointer:
         """What saves to and loads from a folder; made on first use, which is collective."""
-        key = _key(save_dir)
-        if key not in self._by_folder:
-            self._by_folder[key] = Checkpointer(key, self._config, step_prefix=_PREFIX)
-        return self._by_folder[key]
+        return self._by_folder[save_dir]
 
     def begin(self, save_dir: str | os.PathLike[str]) -> None:
         """With ``seeded_base``: as :meth:`Checkpointer.begin`, for checkpoints in ``save_dir``."""
@@ -121,7 +118,7 @@ class EngineCheckpoints:
         step = int(self._engine.global_steps)
         name = f"{_PREFIX}{step}" if tag is None else str(tag)
         self._engine._checkpoint_tag_validation(name)
-        key = _key(save_dir)
+        key = folder_key(save_dir)
 
         def check() -> tuple[dict[str, Any], str | None]:
             if self._group.rank == 0:
@@ -198,7 +195,7 @@ class EngineCheckpoints:
                 "custom_load_fn: effx checkpoints are read straight into the partitions, so there is no "
                 "state dict to hand it; leave it out, or `effx convert --to torch` and load that"
             )
-        folder = str(location(_key(load_dir)) / name)
+        folder = str(location(folder_key(load_dir)) / name)
         if load_module_only:
             return folder, self._load_weights(load_dir, name, load_module_strict)
         return folder, self._resume(load_dir, name, options)
@@ -206,14 +203,13 @@ class EngineCheckpoints:
     def destroy(self) -> None:
         """Finish the saves in flight, then as ``DeepSpeedEngine.destroy``. Raises what made one fail."""
         try:
-            while self._by_folder:
-                self._by_folder.popitem()[1].close()
+            self._by_folder.close()
         finally:
             self._destroy_of_engine()
 
     def _load_weights(self, load_dir: str | os.PathLike[str], name: str, strict: bool) -> Any:
         live = ZeroState(self._engine, with_optimizer=False)
-        with Checkpointer(_key(load_dir), _ONCE) as checkpoints:
+        with Checkpointer(folder_key(load_dir), _ONCE) as checkpoints:
             # a mapping, if of each name to itself: another run begins, whose random states are its own
             checkpoints.load(live, tag=name, strict=strict, mapping=str)
             return _client_state(checkpoints, with_counters=True)
@@ -237,7 +233,7 @@ class EngineCheckpoints:
         engine.skipped_steps = counters.get("skipped_steps", 0)
         engine.micro_steps = step * engine.gradient_accumulation_steps()
         if with_optimizer and strict and with_schedule:
-            self._last_steps[_key(load_dir)] = step
+            self._last_steps[folder_key(load_dir)] = step
         return _client_state(checkpoints)
 
     def _load_plain(
@@ -248,12 +244,12 @@ class EngineCheckpoints:
 
     def _find(self, load_dir: str | os.PathLike[str], tag: str | None) -> tuple[str | None, bool]:
         """Name of the folder to load, and whether it is one of ours. Rank 0 looks."""
-        if (checkpoints := self._by_folder.get(_key(load_dir))) is not None:
+        if (checkpoints := self._by_folder.get(load_dir)) is not None:
             _settle(checkpoints)
         problem, found = None, None
         if self._group.rank == 0:
             try:
-                found = _look(location(_key(load_dir)), None if tag is None else str(tag))
+                found = _look(location(folder_key(load_dir)), None if tag is None else str(tag))
             except (CheckpointNotFoundError, CorruptCheckpointError) as error:
                 problem = error
         found, problem = self._group.broadcast_object((found, problem))
@@ -343,11 +339,6 @@ def _check(engine: Any) -> None:
             "zero_optimization.offload_optimizer.ratio: below 1, part of the optimizer's state lies in a "
             "second optimizer, where effx.excp does not find it; must be 1.0"
         )
-
-
-def _key(folder: str | os.PathLike[str]) -> str:
-    text = os.fspath(folder)
-    return text if "://" in text else str(Path(text).absolute())
 
 
 def _own_tag(name: str, step: int) -> str | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import megatron.core
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
+from effx_dist.checkpoint.by_folder import CheckpointersByFolder
 from effx_dist.checkpoint.convert.megatron_llama import MEGATRON
 from effx_dist.checkpoint.training_state import Stateful
 from effx_dist.config import ExcpConfig
-from effx_dist.data import InfoBatchSampler
 from effx_dist.engines.megatron.description import description_of
 from effx_dist.engines.megatron.layout import Layout
 from effx_dist.engines.megatron.live import MegatronState
@@ -24,36 +23,39 @@ _SCHEDULER = "opt_param_scheduler"
 _SAMPLER = "sampler"
 
 
-class MegatronCheckpoints:
-    """Saves and loads a job, at any tensor-, pipeline- and data-parallel size.
+class JobCheckpoints:
+    """Saves and loads a job, at any tensor-, pipeline- and data-parallel size. The part of the handle that
+    deals with checkpoints.
 
     Args:
         layout: of the job.
-        config: the ``excp`` section; None or ``enabled = false`` writes exact, whole checkpoints.
+        excp: the ``excp`` section; None or ``enabled = false`` writes exact, whole checkpoints.
         sampler: gives the sampler whose state travels with the run, if there is one.
         vocabulary: rows of the vocabulary that are no padding, if that is known.
-
-    There is one Checkpointer for each folder, made on first use, which is collective.
     """
 
     def __init__(
-        self, layout: Layout, config: ExcpConfig | None, sampler: Any, vocabulary: int | None
+        self,
+        layout: Layout,
+        excp: ExcpConfig | None,
+        sampler: Callable[[], Stateful | None],
+        vocabulary: int | None,
     ) -> None:
         self.layout = layout
-        self._config = config
-        self._sampler = sampler
+        self.last_save: PendingSave | None = None
+        self._state_of_samples = sampler
         self._vocabulary = vocabulary
-        self._by_folder: dict[str, Checkpointer] = {}
+        self._by_folder = CheckpointersByFolder(excp)
 
     def checkpointer(self, folder: str | os.PathLike[str]) -> Checkpointer:
-        """What saves to and loads from a folder."""
-        text = os.fspath(folder)
-        key = text if "://" in text else str(Path(text).absolute())
-        if key not in self._by_folder:
-            self._by_folder[key] = Checkpointer(key, self._config)
-        return self._by_folder[key]
+        """What saves to and loads from a folder; made on first use, which is collective."""
+        return self._by_folder[folder]
 
-    def save(
+    def begin(self, save_dir: str | os.PathLike[str]) -> None:
+        """With ``seeded_base``: as :meth:`Checkpointer.begin`, for checkpoints in ``save_dir``."""
+        self.checkpointer(save_dir).begin(MegatronState(self.layout, with_optimizer=False))
+
+    def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
         iteration: int,
@@ -63,7 +65,20 @@ class MegatronCheckpoints:
         stateful: Mapping[str, Stateful] | None = None,
         tag: str | None = None,
     ) -> PendingSave:
-        """See :meth:`Handle.save_checkpoint`."""
+        """Save everything of the run to ``save_dir/step-N``; returns after the copy of the state. Call on
+        every rank.
+
+        Each rank writes the boxes that it holds; nothing is gathered. Master weights, moments, the
+        numbers of steps, the options of the groups, loss scale, sampler and the states of the random
+        generators are saved.
+
+        Args:
+            iteration: optimizer steps taken; names the checkpoint.
+            opt_param_scheduler: Megatron's learning rate schedule.
+            extra: JSON-like values and tensors by name, the same on every rank.
+            stateful: other objects with ``state_dict`` and ``load_state_dict``, by name.
+            tag: a name to load it by; see :meth:`Checkpointer.async_save`.
+        """
         if MEGATRON in (extra or {}):
             raise ConfigError(
                 f"extra[{MEGATRON!r}]: the model is described there; take another name"
@@ -72,15 +87,16 @@ class MegatronCheckpoints:
             "version": megatron.core.__version__,
             "transformer": description_of(self.layout.model_chunks, self._vocabulary),
         }
-        return self.checkpointer(save_dir).async_save(
+        self.last_save = self.checkpointer(save_dir).async_save(
             iteration,
             MegatronState(self.layout),
             stateful=self._stateful(opt_param_scheduler, stateful),
             extra={**(extra or {}), MEGATRON: told},
             tag=tag,
         )
+        return self.last_save
 
-    def load(
+    def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
         opt_param_scheduler: Stateful | None = None,
@@ -91,7 +107,21 @@ class MegatronCheckpoints:
         strict: bool = True,
         stateful: Mapping[str, Stateful] | None = None,
     ) -> dict[str, Any]:
-        """See :meth:`Handle.load_checkpoint`."""
+        """Fill the job from the newest checkpoint, or that of ``iteration`` or ``tag``, at any tensor-,
+        pipeline- and data-parallel size. Call on every rank.
+
+        Of a vocabulary that is padded differently here, the rows that both have are loaded; others keep
+        their weights, and their moments begin at 0.
+
+        Args:
+            load_optimizer: False: only the weights and ``extra`` (and ``stateful``, if given).
+            strict: see :meth:`Checkpointer.load`.
+
+        Returns the ``extra`` that was saved, with ``extra["step"]``.
+
+        Raises CheckpointNotFoundError, LayoutMismatchError, CorruptCheckpointError; RankFailedError on
+        ranks on which all is well.
+        """
         found = self.checkpointer(load_dir).load(
             MegatronState(self.layout, with_optimizer=load_optimizer),
             stateful=self._stateful(opt_param_scheduler, stateful) if load_optimizer else stateful,
@@ -104,14 +134,13 @@ class MegatronCheckpoints:
 
     def close(self) -> None:
         """Finish the saves in flight. Raises what made one fail."""
-        while self._by_folder:
-            self._by_folder.popitem()[1].close()
+        self._by_folder.close()
 
     def _stateful(
         self, opt_param_scheduler: Stateful | None, others: Mapping[str, Stateful] | None
     ) -> dict[str, Stateful]:
         found: dict[str, Stateful] = dict(others or {})
-        sampler: InfoBatchSampler | None = self._sampler()
+        sampler = self._state_of_samples()
         if sampler is not None:
             found[_SAMPLER] = sampler
         if opt_param_scheduler is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from effx_dist.checkpoint.joints import TensorFacts
@@ -40,16 +40,16 @@ class Layout:
         optimizers: the Megatron optimizers that step something on this rank.
         params: their parameters, optimizer by optimizer.
         placed: all of the model's state on this rank.
-        members: that of all ranks, each tensor once, in an order that all ranks share.
         group: all ranks.
+        members: the state of them all, each tensor once, in an order that they share.
     """
 
     model_chunks: Sequence[Any]
     optimizers: Sequence[Any]
     params: Sequence[Sequence[MainParam]]
     placed: Sequence[Placement]
-    members: Sequence[Member] = field(default=())
-    group: Group = field(default_factory=lambda: as_group(None))
+    group: Group
+    members: Sequence[Member] = ()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def survey(optimizer: Any, model_chunks: Sequence[Any]) -> Layout:
     placed = group.everywhere(lambda: placements(model_chunks), keep_own_error=True)
     group.everywhere(lambda: check_placed(optimizers, placed), keep_own_error=True)
     params = [main_params(found, placed) for found in optimizers]
-    layout = Layout(model_chunks, optimizers, params, placed, group=group)
+    layout = Layout(model_chunks, optimizers, params, placed, group)
     told = [member for row in group.all_gather_object(_own_members(layout)) for member in row]
     members = sorted(set(told), key=str)
     names = [member.name for member in members]
@@ -103,7 +103,7 @@ def survey(optimizer: Any, model_chunks: Sequence[Any]) -> Layout:
             )
     lost = sorted({placement.name for placement in placed} - set(names))
     group.everywhere(lambda: _refuse_lost(lost))
-    return Layout(model_chunks, optimizers, params, placed, members, group)
+    return replace(layout, members=members)
 
 
 def _refuse_lost(lost: Sequence[str]) -> None:
@@ -117,10 +117,8 @@ def _refuse_lost(lost: Sequence[str]) -> None:
 def _own_members(layout: Layout) -> list[Member]:
     """Those that this rank is the one to tell of."""
     found = []
-    offsets = [0]
-    for optimizer in layout.optimizers:
-        offsets.append(offsets[-1] + len(optimizer.optimizer.param_groups))
-    offset_of = {id(o): offset for o, offset in zip(layout.optimizers, offsets, strict=False)}
+    sizes = [len(optimizer.optimizer.param_groups) for optimizer in layout.optimizers]
+    offset_of = dict(zip(map(id, layout.optimizers), accumulate(sizes, initial=0), strict=False))
     for placement in layout.placed:
         known = layout.by_param.get(id(placement.tensor))
         if known is None:

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.common import (
 
 from effx_dist.checkpoint import PendingSave
 from effx_dist.checkpoint.reader import open_checkpoint
-from effx_dist.engines.megatron.checkpoint import MegatronCheckpoints
+from effx_dist.engines.megatron.checkpoint import JobCheckpoints
 from effx_dist.engines.megatron.fragments import Placement
 from effx_dist.errors import ConfigError
 
@@ -40,7 +40,7 @@ CHAIN = "effx"
 _OPTIMIZER_KEY = re.compile(r"(chained_[0-9]+\.)?optimizer\.")
 _NUMBER = re.compile(r"[0-9]+")
 _POLL_S = 0.2
-_objects = TorchCommonLoadStrategy()
+_OBJECTS = TorchCommonLoadStrategy()
 
 
 class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megatron has no annotations
@@ -56,17 +56,14 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
     the state, and Megatron's AsyncCallsQueue finalizes once it is committed.
     """
 
-    def __init__(
-        self, checkpoints: MegatronCheckpoints, on_save: Callable[[PendingSave], None]
-    ) -> None:
+    def __init__(self, checkpoints: JobCheckpoints) -> None:
         super().__init__(BACKEND, VERSION)
         self._checkpoints = checkpoints
-        self._on_save = on_save
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
         pending = self._begin(sharded_state_dict, checkpoint_dir)
         marker = _marker_until(pending)
-        return AsyncRequest(_wait_for, (marker, os.getpid()), [pending.wait])
+        return AsyncRequest(_wait_for, (marker,), [pending.wait])
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         self._begin(sharded_state_dict, checkpoint_dir).wait()
@@ -81,18 +78,16 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
             sharded_state_dict, lambda v: isinstance(v, ShardedObject) and not _of_optimizer(v)
         )
 
-        def check_and_save_objects() -> None:
+        def prepare() -> tuple[Path, int]:
             _refuse_strangers(sharded_state_dict, layout.placed)
-            chain_of(checkpoint_dir)
+            place = chain_of(checkpoint_dir)
             TorchCommonSaveStrategy(BACKEND, VERSION).save_sharded_objects(
                 others, str(checkpoint_dir)
             )
+            return place
 
-        layout.group.everywhere(check_and_save_objects, keep_own_error=True)
-        chain, iteration = chain_of(checkpoint_dir)
-        pending = self._checkpoints.save(chain, iteration)
-        self._on_save(pending)
-        return pending
+        chain, iteration = layout.group.everywhere(prepare, keep_own_error=True)
+        return self._checkpoints.save_checkpoint(chain, iteration)
 
 
 class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
@@ -102,7 +97,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
     ``load_state_dict`` of both may then be called as ever: it finds what is there already.
     """
 
-    def __init__(self, checkpoints: MegatronCheckpoints) -> None:
+    def __init__(self, checkpoints: JobCheckpoints) -> None:
         self._checkpoints = checkpoints
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
@@ -127,7 +122,9 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
         tensors = _tensors(sharded_state_dict)
         wants_optimizer = any(_of_optimizer(sharded) for sharded in tensors)
         layout = self._checkpoints.layout
-        self._checkpoints.load(chain, iteration=iteration, load_optimizer=wants_optimizer)
+        self._checkpoints.load_checkpoint(
+            chain, iteration=iteration, load_optimizer=wants_optimizer
+        )
         if wants_optimizer:
             returned = [sharded.data for sharded in tensors if _of_optimizer(sharded)]
             for optimizer in layout.optimizers:
@@ -135,7 +132,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
 
         def value_of(value: Any) -> Any:
             if isinstance(value, ShardedObject) and not _of_optimizer(value):
-                return _objects.load_sharded_objects({"it": value}, str(checkpoint_dir))["it"]
+                return _OBJECTS.load_sharded_objects({"it": value}, str(checkpoint_dir))["it"]
             return value.data if isinstance(value, ShardedTensor | ShardedObject) else value
 
         return layout.group.everywhere(
@@ -143,7 +140,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
         )
 
     def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        objects: dict[str, Any] = _objects.load_sharded_metadata(checkpoint_dir)
+        objects: dict[str, Any] = _OBJECTS.load_sharded_metadata(checkpoint_dir)
         return objects | self.load_tensors_metadata(checkpoint_dir)
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedTensor]:
@@ -223,16 +220,8 @@ def _marker_until(pending: PendingSave) -> str:
     return path
 
 
-def _wait_for(marker: str, owner: int) -> None:
-    """In the process that Megatron starts for an asynchronous save."""
+def _wait_for(marker: str) -> None:
+    """In the process that Megatron starts for an asynchronous save, as a child of the one that saves."""
     parent = os.getppid()
-    while os.path.exists(marker) and os.getppid() == parent and _lives(owner):
+    while os.path.exists(marker) and os.getppid() == parent:
         time.sleep(_POLL_S)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
