@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
+
+import pytest
+
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="Megatron-core is not installed"
+)
 
 
 def call(module: str, function: str, *args: Any) -> Any:

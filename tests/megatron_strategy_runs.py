@@ -211,6 +211,21 @@ def model_alone(root: Path) -> dict[str, Any]:
         }
 
 
+def asked_by_one_rank(root: Path) -> dict[str, Any]:
+    """The optimizer is in the state dict of rank 0 only, as where the others have no part of it."""
+    with job_of(CASES["dp"]) as (job, handle):
+        train(job, scheduler := scheduler_of(job), 1)
+        save(job, handle, scheduler, root, 1)
+        saved = state_of(handle)
+    with job_of(CASES["dp"]) as (job, handle):
+        asked = {"model": unwrapped(job.chunks[0]).sharded_state_dict()}
+        if dist.get_rank() == 0:
+            part = ShardedObject("optimizer.state", None, (1,), (0,))
+            asked["optimizer"] = {"state": part}
+        handle.load_strategy().load(asked, place(root, 1))
+        return {"is_same": is_same(saved, state_of(handle))}
+
+
 def state_of_mains(handle: Handle) -> dict[str, torch.Tensor]:
     from tests.megatron_checkpoint_runs import state_of_mains as found
 

@@ -3,23 +3,16 @@ them."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from effx_dist.checkpoint import verify_folder
-from tests.megatron_processes import call
+from tests.megatron_processes import call, needs_megatron
 from tests.ranks import spawn
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.megatron,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None, reason="Megatron-core is not installed"
-    ),
-]
+pytestmark = [pytest.mark.ranks, pytest.mark.megatron, needs_megatron]
 
 RATE, STEPS = 1e-2, 3
 USUAL: dict[str, tuple[Any, ...]] = {
@@ -40,6 +33,7 @@ def run_all(folder: Path, trips: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     module = "megatron_strategy_runs"
     found = {name: call(module, "round_trip", folder / name, *args) for name, args in trips.items()}
     found["model alone"] = call(module, "model_alone", folder / "model")
+    found["one rank"] = call(module, "asked_by_one_rank", folder / "one")
     found["refusals"] = call(module, "refusals", folder / "refusals")
     return found
 
@@ -84,6 +78,10 @@ def test_the_model_alone(ranks: list[dict[str, Any]]) -> None:
         assert found["no state"]
         assert found["backend"] == "effx"
         assert "model.embedding.word_embeddings.weight" in found["metadata"]
+
+
+def test_the_optimizer_where_one_rank_alone_asks(ranks: list[dict[str, Any]]) -> None:
+    assert [of_rank["one rank"] for of_rank in ranks] == [{"is_same": True}] * 2
 
 
 def test_refusals(ranks: list[dict[str, Any]]) -> None:

@@ -119,13 +119,18 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
         chain, iteration = chain_of(checkpoint_dir)
-        tensors = _tensors(sharded_state_dict)
-        wants_optimizer = any(_of_optimizer(sharded) for sharded in tensors)
         layout = self._checkpoints.layout
+        # Ranks that hold no part of the optimizer's have nothing of it to ask for.
+        asked = any(
+            isinstance(value, ShardedTensor | ShardedObject) and _of_optimizer(value)
+            for value in nested_values(sharded_state_dict)
+        )
+        wants_optimizer = any(layout.group.all_gather_object(asked))
         self._checkpoints.load_checkpoint(
             chain, iteration=iteration, load_optimizer=wants_optimizer
         )
         if wants_optimizer:
+            tensors = _tensors(sharded_state_dict)
             returned = [sharded.data for sharded in tensors if _of_optimizer(sharded)]
             for optimizer in layout.optimizers:
                 _ignore_what_is_there(optimizer, returned)
