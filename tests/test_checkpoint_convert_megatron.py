@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
 from effx_dist.checkpoint.convert.megatron_llama import llama_weights, transformer_of
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError
+from tests.megatron_processes import needs_megatron
 from tests.ranks import spawn
 
 CONFIG = ExcpConfig(profile="lossless", async_mode="sync", keep_latest_k=0)
@@ -132,7 +132,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 @pytest.mark.megatron
 @pytest.mark.ranks
-@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs Megatron-core")
+@needs_megatron
 class TestLogits:
     @pytest.mark.parametrize("name", MODELS)
     def test_are_those_of_the_llama(

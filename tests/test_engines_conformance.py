@@ -6,7 +6,6 @@ test_engines_deepspeed_cautious.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,11 @@ from tests.conformance import cautious as cautious_conformance
 from tests.conformance import state as conformance
 from tests.conformance.cautious import SCENARIOS, SHAPES
 from tests.deepspeed_runs import BASE, Model, be_a_rank, merged, needs_deepspeed, tokens_of
+from tests.megatron_processes import needs_megatron
 from tests.ranks import spawn
 
 pytestmark = pytest.mark.ranks
 
-needs_megatron = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="Megatron-core is not installed"
-)
 MEGATRON_SCENARIOS = tuple(
     scenario
     for scenario in SCENARIOS

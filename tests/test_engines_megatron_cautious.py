@@ -3,23 +3,16 @@ optimizers step with, and so do the optimizers that they take the place of."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.megatron_processes import call
+from tests.megatron_processes import call, needs_megatron
 from tests.ranks import spawn
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.megatron,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None, reason="Megatron-core is not installed"
-    ),
-]
+pytestmark = [pytest.mark.ranks, pytest.mark.megatron, needs_megatron]
 
 MODULE = "megatron_cautious_runs"
 ONE = ["dp, fp32", "dp, bf16"]

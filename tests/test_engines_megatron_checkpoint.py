@@ -5,7 +5,6 @@ All that needs one number of ranks runs in one spawn: 2 ranks save, 1 and 4 rank
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import inspect_folder, verify_folder
-from tests.megatron_processes import call
+from tests.megatron_processes import call, needs_megatron
 from tests.ranks import spawn
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.megatron,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None, reason="Megatron-core is not installed"
-    ),
-]
+pytestmark = [pytest.mark.ranks, pytest.mark.megatron, needs_megatron]
 
 MODULE = "megatron_checkpoint_runs"
 RATE = 1e-2

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 
-from tests.megatron_processes import call
+from tests.megatron_processes import call, needs_megatron
 from tests.ranks import spawn
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.megatron,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None, reason="Megatron-core is not installed"
-    ),
-]
+pytestmark = [pytest.mark.ranks, pytest.mark.megatron, needs_megatron]
 
 WORLD = 4
 USUAL = ["dp4, overlap", "tp2 dp2", "pp2 tp2, tied", "ep2 tp2"]

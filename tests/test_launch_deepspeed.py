@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from effx_dist.checkpoint.folder import committed_steps
 from effx_dist.report.run_log import RunRecords, read_run
 from launch.processes import Job, run_to_end, run_until, torchrun
 from launch.ranks import free_port
@@ -25,9 +26,12 @@ needs_llama = pytest.mark.skipif(
 )
 pytestmark = [needs_deepspeed, needs_llama, pytest.mark.deepspeed, pytest.mark.ranks]
 
-SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_deepspeed.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "launch" / "pretrain_llama_deepspeed.py"
+HELD = ROOT / "tests" / "held_launch.py"
 BIN = Path(sys.executable).parent
-STEPS_PAST_CHECKPOINT = 2
+SAVED_AT, KILLED_AT = 30, 32
+"""Within the first pruned epoch, which begins with step 26."""
 ENGINE = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.05}},
@@ -70,11 +74,6 @@ def by_torchrun(num_ranks: int) -> list[str]:
     return torchrun(sys.executable, num_ranks, SCRIPT, [])[:-1]
 
 
-def committed_steps(run_dir: Path) -> list[int]:
-    manifests = (run_dir / "checkpoints").glob("global_step*/manifest.json")
-    return [int(path.parent.name.removeprefix("global_step")) for path in manifests]
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("launch_deepspeed")
@@ -98,19 +97,16 @@ def killed(files: Files) -> dict[int, GlobalBatch]:
     """A run by DeepSpeed's launcher, on 2 ranks at stage 3, killed within an epoch that is pruned,
     some steps after a checkpoint of it; the samples of its steps."""
     run_dir = files.folder / "killed"
+    launcher = [*by_deepspeed(2), str(HELD), str(KILLED_AT)]
 
     def is_enough() -> bool:
-        batches = files.batches("killed")
-        committed = max(committed_steps(run_dir), default=0)
-        if committed not in batches:
-            return False
-        last = max(batches)
-        is_within = batches[committed].epoch == batches[last].epoch >= 1
-        return is_within and last >= committed + STEPS_PAST_CHECKPOINT
+        is_saved = SAVED_AT in committed_steps(run_dir / "checkpoints")
+        return is_saved and KILLED_AT in files.batches("killed")
 
-    job = files.job(by_deepspeed(2), "killed", stage=3)
+    job = files.job(launcher, "killed", stage=3)
     run_until(job, run_dir / "run.jsonl", lambda: None, is_enough)
     before = files.batches("killed")
+    assert before[SAVED_AT].epoch == before[KILLED_AT].epoch == 1
     for file in run_dir.glob("samples.rank-*.jsonl"):
         file.unlink()
     return before

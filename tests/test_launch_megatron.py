@@ -17,6 +17,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from effx_dist.checkpoint.folder import committed_steps
 from effx_dist.cli import app
 from effx_dist.errors import ConfigError
 from effx_dist.report.run_log import RunRecords, read_run
@@ -26,17 +27,17 @@ from launch.llama.megatron_settings import MegatronRunSettings
 from launch.processes import Job, run_to_end, run_until, torchrun
 from launch.resume_check import GlobalBatch, check_resume, read_global_batches
 from tests import small_llama
+from tests.megatron_processes import needs_megatron
 from tests.mpi_runs import by_mpirun, has_mpi
 
-needs_megatron = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
-)
 pytestmark = [needs_megatron, pytest.mark.megatron, pytest.mark.ranks]
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "pretrain_gpt_megatron.py"
 ON_CPU = ROOT / "tests" / "megatron_launch.py"
-STEPS_PAST_CHECKPOINT = 2
+HELD = ROOT / "tests" / "held_launch.py"
+SAVED_AT, KILLED_AT = 16, 18
+"""Within the pruned epoch, which begins with step 13."""
 SETTINGS = """
 [megatron]
 precision = "fp32"
@@ -80,11 +81,6 @@ class Files:
         return read_global_batches(sorted((self.folder / name).glob("samples.rank-*.jsonl")))
 
 
-def committed_steps(run_dir: Path) -> list[int]:
-    manifests = (run_dir / "checkpoints").glob("step-*/manifest.json")
-    return [int(path.parent.name.removeprefix("step-")) for path in manifests]
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("launch_megatron")
@@ -101,19 +97,15 @@ def killed(files: Files) -> dict[int, GlobalBatch]:
     """A data-parallel run on 2 ranks, killed within the pruned epoch, some steps after a checkpoint of
     it; the samples of its steps."""
     run_dir = files.folder / "killed"
+    launcher = [*by_torchrun(2), str(HELD), str(KILLED_AT)]
 
     def is_enough() -> bool:
-        batches = files.batches("killed")
-        committed = max(committed_steps(run_dir), default=0)
-        if committed not in batches:
-            return False
-        last = max(batches)
-        is_within = batches[committed].epoch == batches[last].epoch == 1
-        return is_within and last >= committed + STEPS_PAST_CHECKPOINT
+        is_saved = SAVED_AT in committed_steps(run_dir / "checkpoints")
+        return is_saved and KILLED_AT in files.batches("killed")
 
-    job = files.job(by_torchrun(2), "killed", DP2)
-    run_until(job, run_dir / "run.jsonl", lambda: None, is_enough)
+    run_until(files.job(launcher, "killed", DP2), run_dir / "run.jsonl", lambda: None, is_enough)
     before = files.batches("killed")
+    assert before[SAVED_AT].epoch == before[KILLED_AT].epoch == 1
     for file in run_dir.glob("samples.rank-*.jsonl"):
         file.unlink()
     return before
