@@ -26,6 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from effx_dist.checkpoint.folder import committed_steps
 from effx_dist.errors import EffxError
 from effx_dist.report import write_report
 from effx_dist.report.run_log import RunRecords, read_run
@@ -39,7 +40,8 @@ CONFIG = ROOT / "configs" / "llama_demo_fsdp2.toml"
 MARKER = ".effx_demo"
 STEPS_PAST_CHECKPOINT = 4
 KILL_EPOCH = 1
-"""The first epoch that InfoBatch prunes, so the resume has scores and a plan to restore."""
+"""The first epoch that InfoBatch prunes, so the resume has scores and a plan to restore. A machine too fast
+for the kill to come in it is killed in a later one."""
 
 PLAIN = (
     "effx.infobatch.enabled=false",
@@ -131,7 +133,7 @@ def run_plain(demo: Demo) -> None:
 
 
 def run_and_kill(demo: Demo) -> None:
-    """(b) All three techniques, until a checkpoint of `KILL_EPOCH` and a few steps more exist."""
+    """(b) All three techniques, until a checkpoint of a pruned epoch and a few steps more exist."""
     job = demo.job("effx-killed", demo.effx_dir, demo.num_ranks)
     log = demo.effx_dir / "run.jsonl"
     title = f"(b) effx run, {demo.num_ranks} ranks, killed"
@@ -156,22 +158,16 @@ def run_resumed(demo: Demo) -> None:
 
 
 def is_time_to_kill(run_dir: Path) -> bool:
-    """A committed checkpoint lies within `KILL_EPOCH`, which has gone on for some steps since."""
-    committed = max(committed_steps(run_dir), default=0)
+    """A committed checkpoint lies within `KILL_EPOCH` or a later epoch, which has gone on for some steps since."""
+    committed = max(committed_steps(run_dir / "checkpoints"), default=0)
     batches = read_global_batches(sorted(run_dir.glob("samples.rank-*.jsonl")))
     if committed not in batches:
         return False
     last = max(batches)
     return (
-        batches[committed].epoch == batches[last].epoch == KILL_EPOCH
+        batches[committed].epoch == batches[last].epoch >= KILL_EPOCH
         and last >= committed + STEPS_PAST_CHECKPOINT
     )
-
-
-def committed_steps(run_dir: Path) -> list[int]:
-    """Steps whose checkpoint exists: its manifest is there."""
-    manifests = (run_dir / "checkpoints").glob("step-*/manifest.json")
-    return [int(path.parent.name.removeprefix("step-")) for path in manifests]
 
 
 def verify_resume(demo: Demo) -> ResumeCheck:
