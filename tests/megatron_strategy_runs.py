@@ -186,12 +186,16 @@ def _save_beside(job: Job, handle: Handle, scheduler: Any, root: Path, form: str
     return saved
 
 
-def model_alone(root: Path) -> dict[str, Any]:
-    """The state dict of the model alone, with strict loading and the checkpoint's list of tensors."""
+def saved_after_a_step(root: Path) -> State:
     with job_of(CASES["dp"]) as (job, handle):
         train(job, scheduler := scheduler_of(job), 1)
         save(job, handle, scheduler, root, 1)
-        saved = state_of(handle)
+        return state_of(handle)
+
+
+def model_alone(root: Path) -> dict[str, Any]:
+    """The state dict of the model alone, with strict loading and the checkpoint's list of tensors."""
+    saved = saved_after_a_step(root)
     with job_of(CASES["tp"]) as (job, handle):
         folder = place(root, 1)
         model = unwrapped(job.chunks[0])
@@ -213,10 +217,7 @@ def model_alone(root: Path) -> dict[str, Any]:
 
 def asked_by_one_rank(root: Path) -> dict[str, Any]:
     """The optimizer is in the state dict of rank 0 only, as where the others have no part of it."""
-    with job_of(CASES["dp"]) as (job, handle):
-        train(job, scheduler := scheduler_of(job), 1)
-        save(job, handle, scheduler, root, 1)
-        saved = state_of(handle)
+    saved = saved_after_a_step(root)
     with job_of(CASES["dp"]) as (job, handle):
         asked = {"model": unwrapped(job.chunks[0]).sharded_state_dict()}
         if dist.get_rank() == 0:
