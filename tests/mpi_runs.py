@@ -41,6 +41,14 @@ def by_mpirun(num_ranks: int) -> list[str]:
     return [*mpirun(num_ranks), sys.executable]
 
 
+def effx_by_mpirun(num_ranks: int, *words: object) -> subprocess.CompletedProcess[str]:
+    """The command line of effx in so many ranks."""
+    command = [*by_mpirun(num_ranks), "-m", "effx_dist.cli", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=200, check=False
+    )
+
+
 def start_mpi(
     num_ranks: int, body: Callable[..., None], *arguments: object
 ) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch.distributed.checkpoint as dcp
 
 from effx_dist.checkpoint import pieces
 from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
-from effx_dist.checkpoint.convert.sharing import dealt_out
 from effx_dist.checkpoint.folder import step_name
+from effx_dist.checkpoint.sharing import dealt_out
 from effx_dist.errors import ConfigError, RankFailedError
 from effx_dist.shard import Group, run_ranks
 from tests import small_chain
-from tests.mpi_runs import ROOT, by_mpirun, needs_mpi
+from tests.mpi_runs import effx_by_mpirun, needs_mpi
 
 OPTIONS = ConvertOptions(config={"model_type": "llama"}, max_shard_size="6kB")
 """Several shards of the small chain's model."""
@@ -138,14 +137,8 @@ def test_parts_are_dealt_out_evenly(sizes: list[int], num_ranks: int) -> None:
 @pytest.mark.ranks
 @needs_mpi
 class TestMpirun:
-    def convert(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [*by_mpirun(2), "-m", "effx_dist.cli", "convert", *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, timeout=200, check=False
-        )
-
     def test_shares_the_work(self, original: Path, tmp_path: Path) -> None:
-        done = self.convert(original, tmp_path / "out", "--to", "dcp")
+        done = effx_by_mpirun(2, "convert", original, tmp_path / "out", "--to", "dcp")
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"step {small_chain.TOP} as dcp: {tmp_path / 'out'}\n"
         assert {".metadata", "__0_0.distcp", "__1_0.distcp"} == files_of(tmp_path / "out").keys()
@@ -154,7 +147,9 @@ class TestMpirun:
     def test_a_rank_that_fails_ends_all(self, original: Path, tmp_path: Path) -> None:
         shutil.copytree(original, tmp_path / "chain")
         damage(tmp_path / "chain", "model.low")
-        done = self.convert(tmp_path / "chain", tmp_path / "out", "--to", "universal")
+        done = effx_by_mpirun(
+            2, "convert", tmp_path / "chain", tmp_path / "out", "--to", "universal"
+        )
         assert done.returncode == 1
         assert "model.low" in done.stderr
         assert len(done.stderr.splitlines()) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from effx_dist.checkpoint.compress import compress_series
 from effx_dist.checkpoint.folder import committed_steps
 from effx_dist.cli import app
 from tests import plain_series as plain
-from tests.mpi_runs import ROOT, by_mpirun, needs_mpi
+from tests.mpi_runs import effx_by_mpirun, needs_mpi
 from tests.plain_series import STEPS, assert_same
 
 
@@ -107,17 +106,12 @@ class TestAlone:
         assert effx("compress", series, tmp_path / "out", "--base-every", 0)[0] == 2
 
 
-def by_mpi(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [*by_mpirun(2), "-m", "effx_dist.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
 @pytest.mark.ranks
 @needs_mpi
 class TestMpirun:
     def test_ranks_share_the_work(self, series: Path, tmp_path: Path) -> None:
         compress_series([series], tmp_path / "alone")
-        done = by_mpi("compress", series, tmp_path / "out")
+        done = effx_by_mpirun(2, "compress", series, tmp_path / "out")
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.splitlines()) == 2
         steps = inspect_folder(tmp_path / "out")
@@ -132,7 +126,7 @@ class TestMpirun:
     def test_what_one_rank_finds_all_end_by(self, series: Path, tmp_path: Path) -> None:
         shutil.copytree(series, tmp_path / "series")
         (tmp_path / "series" / f"checkpoint-{STEPS[1]}.pt").write_bytes(b"no checkpoint")
-        done = by_mpi("compress", tmp_path / "series", tmp_path / "out")
+        done = effx_by_mpirun(2, "compress", tmp_path / "series", tmp_path / "out")
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert f"checkpoint-{STEPS[1]}.pt: cannot be read" in done.stderr

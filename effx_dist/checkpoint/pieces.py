@@ -21,17 +21,21 @@ OnProgress = Callable[[int, int], None]
 def piece_boxes(record: TensorRecord) -> Iterator[Box]:
     """Boxes of whole rows that tile a tensor, each within one chunk; none where it has no elements."""
     for chunk in record.chunks:
-        box = chunk.box
-        if not box.numel:
-            continue
-        if not box.sizes:
-            yield box
-            continue
-        num_rows = max(1, PIECE_NUMEL * box.sizes[0] // box.numel)
-        first, end = box.offsets[0], box.offsets[0] + box.sizes[0]
-        for start in range(first, end, num_rows):
-            rows = min(num_rows, end - start)
-            yield Box((start, *box.offsets[1:]), (rows, *box.sizes[1:]))
+        yield from row_boxes(chunk.box)
+
+
+def row_boxes(box: Box) -> Iterator[Box]:
+    """Boxes of whole rows that tile another; none where that has no elements."""
+    if not box.numel:
+        return
+    if not box.sizes:
+        yield box
+        return
+    num_rows = max(1, PIECE_NUMEL * box.sizes[0] // box.numel)
+    first, end = box.offsets[0], box.offsets[0] + box.sizes[0]
+    for start in range(first, end, num_rows):
+        rows = min(num_rows, end - start)
+        yield Box((start, *box.offsets[1:]), (rows, *box.sizes[1:]))
 
 
 def read_pieces(chain: ChainReader, name: str) -> Iterator[tuple[Box, torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from effx_dist.checkpoint.blockfile import BlockReader
 from effx_dist.checkpoint.folder import (
@@ -21,9 +21,10 @@ from effx_dist.checkpoint.inspect import existing_folder
 from effx_dist.checkpoint.manifest import BlockRecord, Manifest
 from effx_dist.checkpoint.pieces import OnProgress, read_pieces
 from effx_dist.checkpoint.reader import ChainReader, StepReader, read_manifest
+from effx_dist.checkpoint.sharing import on_all
 from effx_dist.checkpoint.storage import Folder, Location
 from effx_dist.checkpoint.training_state import run_values
-from effx_dist.errors import CheckpointNotFoundError, EffxError, RankFailedError
+from effx_dist.errors import CheckpointNotFoundError, EffxError
 from effx_dist.shard import Group, SoloGroup
 
 RUN_BYTES = 2**26
@@ -69,8 +70,8 @@ def verify_folder(
     """Check manifests, parents, files and the checksum of every block of all committed steps, or of
     one and its parents.
 
-    Findings are collected, not raised, and name file, tensor and block. Two gathers of ``ranks``,
-    which all return the same report.
+    Findings are collected, not raised, and name file, tensor and block. Three gathers and a broadcast of
+    ``ranks``, which all return the same report.
 
     Args:
         folder: the folder of checkpoints.
@@ -94,28 +95,14 @@ def verify_folder(
         return found
 
     # the first rank's choice: a save may be committed while others are still looking
-    steps = _on_all(ranks, choose)[0]
+    steps = ranks.broadcast_object(on_all(ranks, choose))
     share = _Share(ranks, jobs, decode, on_progress)
-    parts = _on_all(ranks, lambda: _verify_share(existing_folder(folder), steps, share))
+    own = on_all(ranks, lambda: _verify_share(existing_folder(folder), steps, share))
+    parts = ranks.all_gather_object(own)
     total = VerifyReport(num_steps=parts[0].num_steps)
     for part in parts:
         total.add(part)
     return total
-
-
-def _on_all(ranks: Group, work: Callable[[], T]) -> list[T]:
-    """Every rank's result; what one of them raises, all raise, so that none waits for it for ever."""
-    result, error = None, None
-    try:
-        result = work()
-    except (EffxError, OSError) as caught:
-        error = caught
-    if error is not None and ranks.size == 1:
-        raise error
-    outcomes = ranks.all_gather_object((result, "" if error is None else str(error)))
-    if failures := {rank: why for rank, (_, why) in enumerate(outcomes) if why}:
-        raise RankFailedError(failures)
-    return [cast(T, found) for found, _ in outcomes]
 
 
 @dataclass

@@ -4,7 +4,6 @@ they are asked for."""
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from effx_dist.checkpoint.joints import TensorFacts
 from effx_dist.checkpoint.manifest import short
 from effx_dist.checkpoint.matching import MODEL, OPTIMIZER
-from effx_dist.checkpoint.pieces import PIECE_NUMEL
+from effx_dist.checkpoint.pieces import row_boxes
 from effx_dist.checkpoint.tree import tree_to_json
 from effx_dist.errors import ConfigError
 from effx_dist.shard import Box, whole_box
@@ -107,17 +106,9 @@ class PlainContent:
 
 
 def is_same(a: SourceTensor, b: SourceTensor) -> bool:
-    """Whether two tensors of one or more dimensions have the same values; read some rows at a time."""
-    if a.facts != b.facts:
-        return False
-    num_rows, *rest = a.facts.shape
-    step = max(PIECE_NUMEL // max(math.prod(rest), 1), 1)
-    for start in range(0, num_rows, step):
-        sizes = (min(step, num_rows - start), *rest)
-        box = Box((start, *(0 for _ in rest)), sizes)
-        if not torch.equal(a.read(box), b.read(box)):
-            return False
-    return True
+    """Whether two tensors have the same values; read some rows at a time."""
+    boxes = row_boxes(whole_box(a.facts.shape))
+    return a.facts == b.facts and all(torch.equal(a.read(box), b.read(box)) for box in boxes)
 
 
 def check_dense(name: str, tensor: torch.Tensor, where: object) -> torch.Tensor:

@@ -134,27 +134,25 @@ def _without_zero(
     model = {name: tensor for name, tensor in tensors.items() if name not in tied}
     content = PlainContent(model, tied, {}, None, stateful, extra)
     saved = first.get("optimizer")
-    if saved is None:
+    if saved is None or options.weights_only:
         return content
     inner = saved.get("optimizer_state_dict", saved)
     groups = inner["param_groups"]
     masters: dict[str, SourceTensor] = {}
-    if "fp32_groups" in saved and not options.weights_only:
+    names = options.param_names
+    if "fp32_groups" in saved:
         flat = [tensor for group in saved["fp32_groups"] for tensor in group]
         state = {
             number: {"master": SourceTensor.of(tensor), **inner["state"].get(number, {})}
             for number, tensor in enumerate(flat)
         }
-        names = names_of_groups(groups, state, model, options.param_names, path)
+        names = names_of_groups(groups, state, model, names, path)
         masters = {
             plain_name(name): SourceTensor.of(tensor)
             for name, tensor in zip(chain.from_iterable(names), flat, strict=True)
         }
-    optimizer = None
-    if not options.weights_only:
-        names_given = options.param_names or (names if masters else None)
-        optimizer = optimizer_of(as_sources(inner, path, {}), content, names_given, path)
-        stateful |= _loss_scaler(saved)
+    optimizer = optimizer_of(as_sources(inner, path, {}), content, names, path)
+    stateful |= _loss_scaler(saved)
     return PlainContent(model | masters, tied, {}, optimizer, stateful, extra)
 
 

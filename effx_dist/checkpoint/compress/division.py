@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 from effx_dist.checkpoint.compress.content import PlainContent, SourceTensor
-from effx_dist.checkpoint.convert.sharing import dealt_out
+from effx_dist.checkpoint.sharing import dealt_out
 from effx_dist.shard import Box, whole_box
 
 Shape = tuple[int, ...]

@@ -12,7 +12,6 @@ from effx_dist.checkpoint.compress.content import PlainContent, ReadOptions
 from effx_dist.checkpoint.compress.division import Division
 from effx_dist.checkpoint.compress.series import PlainCheckpoint, find_series
 from effx_dist.checkpoint.compress.share import EmptyShare, Share
-from effx_dist.checkpoint.convert.sharing import on_all, on_first
 from effx_dist.checkpoint.folder import committed_steps, step_folder
 from effx_dist.checkpoint.joints import TensorFacts
 from effx_dist.checkpoint.manifest import Manifest
@@ -20,6 +19,7 @@ from effx_dist.checkpoint.matching import MODEL, OPTIMIZER, listed
 from effx_dist.checkpoint.pending import PendingSave
 from effx_dist.checkpoint.pieces import OnProgress
 from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.sharing import from_first, on_all
 from effx_dist.checkpoint.storage import Location, location
 from effx_dist.checkpoint.training_state import run_values
 from effx_dist.config import ExcpConfig
@@ -118,9 +118,7 @@ def _plan(
             )
         return todo, newest, len(found) - len(todo)
 
-    planned = group.broadcast_object(on_first(group, look))
-    assert planned is not None
-    return planned
+    return from_first(group, look)
 
 
 class _Run:
@@ -138,18 +136,18 @@ class _Run:
     ) -> None:
         """Save one checkpoint; ``parent`` is the step before it, if there is one. Collective."""
 
-        def opened() -> PlainContent:
+        def opened() -> tuple[PlainContent, _Layout]:
             found = checkpoint.open(self._options)
+            layout = _Layout.of(checkpoint.step, found)
             if self._before is None and parent is not None:
                 folder = step_folder(self._checkpoints.folder, parent)
                 self._before = _Layout.of_manifest(read_manifest(folder)[0])
             if self._before is not None:
-                layout = _Layout.of(checkpoint.step, found)
                 layout.check(self._before, self._options.weights_only, checkpoint.path)
-            return found
+            return found, layout
 
         group = self._group
-        content = on_all(group, opened)
+        content, layout = on_all(group, opened)
         if self._division is None:
             self._division = Division(content, group.size)
             if parent is not None:  # its weights are what the first save here is a difference to
@@ -164,7 +162,7 @@ class _Run:
             )
 
         saved = on_all(group, save)
-        self._before = _Layout.of(checkpoint.step, content)
+        self._before = layout
         report.num_steps += 1
         report.read_bytes += checkpoint.num_bytes
         report.stored_bytes += saved.stored_bytes

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from effx_dist.checkpoint.convert.content import Content
-from effx_dist.checkpoint.convert.sharing import dealt_out, on_all, on_first
 from effx_dist.checkpoint.pieces import piece_boxes
+from effx_dist.checkpoint.sharing import dealt_out, on_all, on_first
 from effx_dist.shard import Box, Group
 
 

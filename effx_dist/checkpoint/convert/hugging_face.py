@@ -18,8 +18,8 @@ from effx_dist.checkpoint.convert.megatron_llama import (
     require_llama,
     transformer_of,
 )
-from effx_dist.checkpoint.convert.sharing import dealt_out
 from effx_dist.checkpoint.convert.weights import Weight, WeightReader
+from effx_dist.checkpoint.sharing import dealt_out
 from effx_dist.errors import ConfigError
 from effx_dist.shard import Group
 

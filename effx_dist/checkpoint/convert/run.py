@@ -15,11 +15,11 @@ from typing import Any, Literal, get_args
 from effx_dist.checkpoint.convert.content import Content
 from effx_dist.checkpoint.convert.dcp import write_dcp
 from effx_dist.checkpoint.convert.hugging_face import write_hugging_face
-from effx_dist.checkpoint.convert.sharing import on_all, on_first
 from effx_dist.checkpoint.convert.torch_file import write_torch_file
 from effx_dist.checkpoint.convert.universal import write_universal
 from effx_dist.checkpoint.pieces import OnProgress
 from effx_dist.checkpoint.reader import checkpoint_folder, open_checkpoint
+from effx_dist.checkpoint.sharing import from_first, on_all, on_first
 from effx_dist.checkpoint.storage import Folder, LocalFolder
 from effx_dist.errors import ConfigError, RankFailedError
 from effx_dist.shard import Group, SoloGroup
@@ -78,9 +78,7 @@ def convert_checkpoint(
     options = options or ConvertOptions()
     with contextlib.ExitStack() as opened:
         # the first rank's choice: a save may be committed while others are still looking
-        place = on_first(group, lambda: checkpoint_folder(source, step))
-        place = group.broadcast_object(place)
-        assert place is not None, "the first rank has found one"
+        place = from_first(group, lambda: checkpoint_folder(source, step))
 
         def open_content() -> Content:
             return Content(opened.enter_context(open_checkpoint(place)), on_progress)
@@ -110,9 +108,7 @@ def _write(
 def _appearing(output: Path, is_file: bool, group: Group) -> Iterator[Path]:
     """A path to write to that becomes ``output`` in the end, and is removed if anything fails. The
     first rank makes and removes it. Four gathers."""
-    made = on_first(group, lambda: _make_staged(output, is_file))
-    staged = group.broadcast_object(made)
-    assert staged is not None, "the first rank has made it"
+    staged = from_first(group, lambda: _make_staged(output, is_file))
     try:
         if not is_file:
             on_all(group, lambda: _require_visible(staged))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from effx_dist.checkpoint.convert.content import Content
-from effx_dist.checkpoint.convert.sharing import dealt_out
+from effx_dist.checkpoint.sharing import dealt_out
 from effx_dist.errors import ConfigError
 from effx_dist.shard import Group
 

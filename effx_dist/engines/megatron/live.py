@@ -57,9 +57,8 @@ class MegatronState(LiveState):
 
     @property
     def refitted(self) -> frozenset[str]:
-        members = self._layout.members
-        shapes = {member.name: member.facts.shape for member in members}
-        return frozenset(name for name, own in shapes.items() if self._shape(name, own) != own)
+        shapes = ((member.name, member.facts.shape) for member in self._layout.members)
+        return frozenset(name for name, own in shapes if self._shape(name, own) != own)
 
     def model_state(self) -> dict[str, Any]:
         found: dict[str, Any] = {

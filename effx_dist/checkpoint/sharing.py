@@ -1,10 +1,10 @@
-"""Which rank does which part of a conversion."""
+"""Work that ranks share: which of them does which part, and what the first one decides for all."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from effx_dist.shard import Group
 
@@ -35,3 +35,9 @@ def on_first(group: Group, body: Callable[[], T]) -> T | None:
     """Run ``body`` on rank 0 alone; its result there, None elsewhere. All ranks get an error where it
     fails. One small gather."""
     return on_all(group, lambda: body() if group.rank == 0 else None)
+
+
+def from_first(group: Group, body: Callable[[], T]) -> T:
+    """Run ``body`` on rank 0 alone; its result on all ranks, or an error on all where it fails. One small
+    gather and one broadcast."""
+    return cast(T, group.broadcast_object(on_first(group, body)))
