@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -39,6 +38,7 @@ import effx_dist as effx
 from effx_dist.engines.megatron import attach
 from effx_dist.errors import ConfigError
 from launch.llama import loop
+from launch.llama.command import Config, LogSamples, Overrides, RunDir, make_app, said_in_a_line
 from launch.llama.evaluate import held_out_batches, loss_totals
 from launch.llama.megatron_model import DTYPES, build_stage, transformer_config
 from launch.llama.megatron_settings import MegatronRunSettings, MegatronSettings
@@ -156,11 +156,9 @@ class Pretraining(Run):
         self.optimizer = make_optimizer(settings, self.model)
         num_samples = len(self.data.train)
         self.schedule = make_schedule(settings, self.optimizer, num_samples)
-        config = effx.EffxConfig(
-            infobatch=settings.infobatch_config(),  # Switched off, it takes every sample.
-            cautious=settings.effx_config().cautious,
-            excp=settings.effx_config().excp,
-        )
+        # Switched off, InfoBatch takes every sample.
+        infobatch = settings.infobatch_config()
+        config = settings.effx_config().model_copy(update={"infobatch": infobatch})
         # (1) (2) (3) The optimiser's step is cautious from here on.
         self.handle = attach(
             self.optimizer, [self.model], config, vocab_size=settings.model.vocab_size
@@ -321,26 +319,21 @@ class Pretraining(Run):
         self.handle.close()
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = make_app()
 
 
 @app.command()
 def main(
-    config: Annotated[Path, typer.Option(help="Settings of the run (TOML).")],
-    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME OF THE CONFIG.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
-    ] = None,
-    log_samples: Annotated[bool, typer.Option(help="Record the sample ids of each step.")] = False,
+    config: Config,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    log_samples: LogSamples = False,
 ) -> None:
     """Pre-train a Llama on any number of ranks."""
-    try:
+    with said_in_a_line():
         settings = MegatronRunSettings.from_file(config, overrides or ())
         folder = loop.make_run_folder(run_dir, config, settings)
         Pretraining(settings, folder, log_samples).train()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import effx_dist as effx
 from effx_dist.engines import deepspeed  # (1) (2) (3) In place of: import deepspeed
-from effx_dist.errors import ConfigError
 from launch.llama import loop
+from launch.llama.command import LogSamples, Overrides, make_app, said_in_a_line
 from launch.llama.deepspeed_config import read_run
 from launch.llama.model import build_llama
 from launch.llama.run import Batch, Run
@@ -168,7 +168,7 @@ class Pretraining(Run):
         self.engine.destroy()
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = make_app()
 
 
 @app.command()
@@ -180,10 +180,8 @@ def main(
     run_dir: Annotated[
         Path | None, typer.Option(help="Default: runs/NAME OF THE DEEPSPEED CONFIG.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
-    ] = None,
-    log_samples: Annotated[bool, typer.Option(help="Record the sample ids of each step.")] = False,
+    overrides: Overrides = None,
+    log_samples: LogSamples = False,
     _deepspeed: Annotated[
         bool, typer.Option("--deepspeed", help="Accepted, as DeepSpeed's scripts do.")
     ] = False,
@@ -192,13 +190,10 @@ def main(
     ] = -1,
 ) -> None:
     """Pre-train a Llama on any number of ranks."""
-    try:
+    with said_in_a_line():
         settings, engine_config = read_run(config, deepspeed_config, overrides or ())
         folder = loop.make_run_folder(run_dir, deepspeed_config, settings)
         Pretraining(settings, engine_config, folder, log_samples).train()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     dist.destroy_process_group()
 
 

@@ -14,11 +14,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import effx_dist as effx
 from effx_dist.engines import fsdp2
-from effx_dist.errors import ConfigError
 from launch.llama import loop
+from launch.llama.command import Config, LogSamples, Overrides, RunDir, make_app, said_in_a_line
 from launch.llama.model import build_llama
 from launch.llama.run import Batch, Run
 from launch.llama.settings import RunSettings
@@ -192,26 +191,21 @@ class Pretraining(Run):
             self.checkpointer.close()
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = make_app()
 
 
 @app.command()
 def main(
-    config: Annotated[Path, typer.Option(help="Settings of the run (TOML).")],
-    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME OF THE CONFIG.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")
-    ] = None,
-    log_samples: Annotated[bool, typer.Option(help="Record the sample ids of each step.")] = False,
+    config: Config,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    log_samples: LogSamples = False,
 ) -> None:
     """Pre-train a Llama on any number of ranks."""
-    try:
+    with said_in_a_line():
         settings = RunSettings.from_file(config, overrides or ())
         folder = loop.make_run_folder(run_dir, config, settings)
         Pretraining(settings, folder, log_samples).train()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     dist.destroy_process_group()
 
 
