@@ -20,12 +20,13 @@ from tests.megatron_checkpoint_runs import (
     is_same,
     job_of,
     state_of,
+    state_of_mains,
 )
 from tests.megatron_runs import Case, Job
 
 # isort: split
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -227,16 +228,8 @@ def asked_by_one_rank(root: Path) -> dict[str, Any]:
         return {"is_same": is_same(saved, state_of(handle))}
 
 
-def state_of_mains(handle: Handle) -> dict[str, torch.Tensor]:
-    from tests.megatron_checkpoint_runs import state_of_mains as found
-
-    return found(handle)
-
-
 def refusals(root: Path) -> dict[str, tuple[str, str]]:
     """By cause: kind and words of the error on this rank."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-
     found = {}
     with job_of(CASES["tp"]) as (job, handle):
         scheduler = scheduler_of(job)
@@ -247,7 +240,7 @@ def refusals(root: Path) -> dict[str, tuple[str, str]]:
             strange["stranger"] = stranger
         plain = root / "iter_0000005"
         dist.barrier()
-        dist_checkpointing_save = {
+        causes = {
             "stranger on one rank": lambda: dist_checkpointing.save(
                 strange,
                 place(root, 1),
@@ -261,7 +254,7 @@ def refusals(root: Path) -> dict[str, tuple[str, str]]:
             "another's": lambda: handle.load_strategy().check_backend_compatibility("torch_dist"),
             "newer": lambda: handle.load_strategy().check_version_compatibility(9),
         }
-        for cause, act in dist_checkpointing_save.items():
+        for cause, act in causes.items():
             error: Exception | None = None
             try:
                 act()

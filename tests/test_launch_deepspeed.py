@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from effx_dist.checkpoint.folder import committed_steps
-from effx_dist.report.run_log import RunRecords, read_run
-from launch.processes import Job, run_to_end, run_until, torchrun
+from effx_dist.report.run_log import RunRecords
+from launch.processes import Job, torchrun
 from launch.ranks import free_port
-from launch.resume_check import GlobalBatch, check_resume, read_global_batches
+from launch.resume_check import GlobalBatch, check_resume
 from tests import small_llama
 from tests.deepspeed_runs import merged, needs_deepspeed
+from tests.launch_runs import batches_of, held_by, killed_when_held, records_of
 from tests.mpi_runs import by_mpirun, has_mpi, needs_mpi
 
 needs_llama = pytest.mark.skipif(
@@ -26,9 +26,7 @@ needs_llama = pytest.mark.skipif(
 )
 pytestmark = [needs_deepspeed, needs_llama, pytest.mark.deepspeed, pytest.mark.ranks]
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "launch" / "pretrain_llama_deepspeed.py"
-HELD = ROOT / "tests" / "held_launch.py"
+SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_deepspeed.py"
 BIN = Path(sys.executable).parent
 SAVED_AT, KILLED_AT = 30, 32
 """Within the first pruned epoch, which begins with step 26."""
@@ -58,12 +56,7 @@ class Files:
         return Job(name, command, self.folder / f"{name}-zero{stage}.log", {})
 
     def run(self, launcher: Sequence[str], name: str, stage: int) -> RunRecords:
-        job = self.job(launcher, name, stage)
-        run_to_end(job, self.folder / name / "run.jsonl", lambda: None)
-        return read_run(self.folder / name)
-
-    def batches(self, name: str) -> dict[int, GlobalBatch]:
-        return read_global_batches(sorted((self.folder / name).glob("samples.rank-*.jsonl")))
+        return records_of(self.job(launcher, name, stage), self.folder / name)
 
 
 def by_deepspeed(num_ranks: int) -> list[str]:
@@ -96,27 +89,15 @@ def whole(files: Files) -> RunRecords:
 def killed(files: Files) -> dict[int, GlobalBatch]:
     """A run by DeepSpeed's launcher, on 2 ranks at stage 3, killed within an epoch that is pruned,
     some steps after a checkpoint of it; the samples of its steps."""
-    run_dir = files.folder / "killed"
-    launcher = [*by_deepspeed(2), str(HELD), str(KILLED_AT)]
-
-    def is_enough() -> bool:
-        is_saved = SAVED_AT in committed_steps(run_dir / "checkpoints")
-        return is_saved and KILLED_AT in files.batches("killed")
-
-    job = files.job(launcher, "killed", stage=3)
-    run_until(job, run_dir / "run.jsonl", lambda: None, is_enough)
-    before = files.batches("killed")
-    assert before[SAVED_AT].epoch == before[KILLED_AT].epoch == 1
-    for file in run_dir.glob("samples.rank-*.jsonl"):
-        file.unlink()
-    return before
+    job = files.job(held_by(by_deepspeed(2), KILLED_AT), "killed", stage=3)
+    return killed_when_held(job, files.folder / "killed", SAVED_AT, KILLED_AT)
 
 
 def check_continuation(
     files: Files, whole: RunRecords, before: dict[int, GlobalBatch], name: str, parts: RunRecords
 ) -> None:
     """What was resumed went on as if nothing had happened."""
-    order, after = files.batches("whole"), files.batches(name)
+    order, after = (batches_of(files.folder / run) for run in ("whole", name))
     (resumed,) = parts.events_of("resume")
     restored = int(resumed.fields["step"])
     epoch = before[restored].epoch

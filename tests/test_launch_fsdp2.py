@@ -12,8 +12,9 @@ import pytest
 from effx_dist.report.run_log import RunRecords, read_run
 from launch import pretrain_llama_fsdp2
 from launch.processes import torchrun
-from launch.resume_check import check_resume, read_global_batches
+from launch.resume_check import check_resume
 from tests import small_llama
+from tests.launch_runs import batches_of, take_batches
 from tests.mpi_runs import by_mpirun, has_mpi
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain_llama_fsdp2.py"
@@ -61,23 +62,17 @@ def run(launcher: Sequence[str], config: Path, run_dir: Path, *overrides: str) -
     return read_run(run_dir)
 
 
-def samples(run_dir: Path) -> list[Path]:
-    return sorted(run_dir.glob("samples.rank-*.jsonl"))
-
-
 @pytest.mark.ranks
 def test_resumed_run_on_another_world_size_equals_the_uninterrupted_one(
     config: Path, tmp_path: Path
 ) -> None:
     launcher = by_mpirun if has_mpi() else by_torchrun
     whole = run(launcher(2), config, tmp_path / "whole")
-    order = read_global_batches(samples(tmp_path / "whole"))
+    order = batches_of(tmp_path / "whole")
     run(by_torchrun(2), config, tmp_path / "parts", f"train.max_steps={STOP_STEP}")
-    before = read_global_batches(samples(tmp_path / "parts"))
-    for file in samples(tmp_path / "parts"):
-        file.unlink()
+    before = take_batches(tmp_path / "parts")
     parts = run([sys.executable], config, tmp_path / "parts")
-    after = read_global_batches(samples(tmp_path / "parts"))
+    after = batches_of(tmp_path / "parts")
 
     assert list(before) == list(range(1, STOP_STEP + 1))
     assert order[STOP_STEP].epoch == order[STOP_STEP + 1].epoch == 1
@@ -105,7 +100,7 @@ def test_plain_run_takes_every_sample_and_writes_no_checkpoint(
     overrides.append("checkpoint.every_steps=0")
     pretrain_llama_fsdp2.main(config, tmp_path, overrides, log_samples=True)
     records = read_run(tmp_path)
-    batches = read_global_batches(samples(tmp_path))
+    batches = batches_of(tmp_path)
     for epoch in range(3):
         ids = [id_ for batch in batches.values() if batch.epoch == epoch for id_ in batch.ids]
         assert sorted(ids) == list(range(96))

@@ -17,25 +17,24 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from effx_dist.checkpoint.folder import committed_steps
 from effx_dist.cli import app
 from effx_dist.errors import ConfigError
-from effx_dist.report.run_log import RunRecords, read_run
+from effx_dist.report.run_log import RunRecords
 from launch.llama.blocks import BlockDataset
 from launch.llama.evaluate import held_out_loss
 from launch.llama.megatron_settings import MegatronRunSettings
-from launch.processes import Job, run_to_end, run_until, torchrun
-from launch.resume_check import GlobalBatch, check_resume, read_global_batches
+from launch.processes import Job, torchrun
+from launch.resume_check import GlobalBatch, check_resume
 from tests import small_llama
+from tests.launch_runs import batches_of, held_by, killed_when_held, records_of
 from tests.megatron_processes import needs_megatron
-from tests.mpi_runs import by_mpirun, has_mpi
+from tests.mpi_runs import by_mpirun, needs_mpi
 
 pytestmark = [needs_megatron, pytest.mark.megatron, pytest.mark.ranks]
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "pretrain_gpt_megatron.py"
 ON_CPU = ROOT / "tests" / "megatron_launch.py"
-HELD = ROOT / "tests" / "held_launch.py"
 SAVED_AT, KILLED_AT = 16, 18
 """Within the pruned epoch, which begins with step 13."""
 SETTINGS = """
@@ -73,12 +72,7 @@ class Files:
         return Job(name, command, self.folder / f"{name}.log", {"OMP_NUM_THREADS": "1"})
 
     def run(self, launcher: Sequence[str], name: str, layout: Mapping[str, Any]) -> RunRecords:
-        job = self.job(launcher, name, layout)
-        run_to_end(job, self.folder / name / "run.jsonl", lambda: None)
-        return read_run(self.folder / name)
-
-    def batches(self, name: str) -> dict[int, GlobalBatch]:
-        return read_global_batches(sorted((self.folder / name).glob("samples.rank-*.jsonl")))
+        return records_of(self.job(launcher, name, layout), self.folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +90,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def killed(files: Files) -> dict[int, GlobalBatch]:
     """A data-parallel run on 2 ranks, killed within the pruned epoch, some steps after a checkpoint of
     it; the samples of its steps."""
-    run_dir = files.folder / "killed"
-    launcher = [*by_torchrun(2), str(HELD), str(KILLED_AT)]
-
-    def is_enough() -> bool:
-        is_saved = SAVED_AT in committed_steps(run_dir / "checkpoints")
-        return is_saved and KILLED_AT in files.batches("killed")
-
-    run_until(files.job(launcher, "killed", DP2), run_dir / "run.jsonl", lambda: None, is_enough)
-    before = files.batches("killed")
-    assert before[SAVED_AT].epoch == before[KILLED_AT].epoch == 1
-    for file in run_dir.glob("samples.rank-*.jsonl"):
-        file.unlink()
-    return before
+    job = files.job(held_by(by_torchrun(2), KILLED_AT), "killed", DP2)
+    return killed_when_held(job, files.folder / "killed", SAVED_AT, KILLED_AT)
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +120,10 @@ def resumed(
     }
     (planned,) = plans  # of the killed run and of this one
     assert 0 < planned < 96
-    check = check_resume(dict(before), files.batches(name), step, planned)
+    after = batches_of(files.folder / name)
+    check = check_resume(dict(before), after, step, planned)
     assert check.is_good, str(check)
-    assert min(files.batches(name)) == step + 1
+    assert min(after) == step + 1
     return records
 
 
@@ -183,17 +167,17 @@ def test_resumed_anywhere_it_is_the_uninterrupted_run(
 ) -> None:
     name = f"again-{'-'.join(layout) or 'dp2'}"
     records = resumed(files, killed, by_torchrun(2), name, layout)
-    expected, order = dict(whole.series("train/loss")), files.batches("whole")
+    expected, order = dict(whole.series("train/loss")), batches_of(files.folder / "whole")
     assert dict(records.series("train/loss")) == pytest.approx(expected, abs=2e-3)
     assert dict(records.series("lr")) == pytest.approx(dict(whole.series("lr")))
     assert records.latest("eval/loss") == pytest.approx(whole.latest("eval/loss"), abs=2e-3)
-    after = files.batches(name)
+    after = batches_of(files.folder / name)
     assert after == {step: batch for step, batch in order.items() if step in after}
     assert max(after) == max(order)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_mpi(), reason="no mpirun; pip install mpich brings one")
+@needs_mpi
 @pytest.mark.parametrize(
     "layout",
     [
