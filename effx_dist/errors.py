@@ -43,6 +43,14 @@ class CorruptCheckpointError(EffxError, RuntimeError):
     """
 
 
+class UnreadableSaveError(EffxError, RuntimeError):
+    """What is about to be published does not pass the checks that a reader makes.
+
+    The save fails and the checkpoint before it stays the newest: a checkpoint that exists loads. The
+    message names the tensor and what a reader would refuse.
+    """
+
+
 class CheckpointNotFoundError(EffxError, FileNotFoundError):
     """A folder holds no committed checkpoint, or not the step that was asked for.
 

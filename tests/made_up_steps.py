@@ -12,8 +12,8 @@ from effx_dist.checkpoint.manifest import (
     ParentRecord,
     manifest_checksum,
     manifest_to_bytes,
-    write_manifest,
 )
+from effx_dist.checkpoint.manifest_checks import write_manifest
 from effx_dist.checkpoint.storage import Folder, location
 
 WEIGHTS, MOMENTS = "rank-00000.effx", "rank-00000.moments.effx"

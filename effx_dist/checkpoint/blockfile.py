@@ -146,8 +146,12 @@ class BlockReader:
         if self._file is None:
             self._refuse_removed()
             file, num_bytes = self._folder.open_file(self._name)
+            try:
+                self._check(file, num_bytes)
+            except BaseException:
+                file.close()
+                raise
             self._file = file
-            self._check(file, num_bytes)
         return self._file
 
     def _refuse_removed(self) -> None:

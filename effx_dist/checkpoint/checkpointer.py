@@ -33,7 +33,7 @@ from effx_dist.checkpoint.sigterm import SigtermMemory
 from effx_dist.checkpoint.staging import Staging
 from effx_dist.checkpoint.storage import location
 from effx_dist.checkpoint.tags import checked_tag, folder_of_tag
-from effx_dist.checkpoint.training_state import Stateful, TrainingState, collect
+from effx_dist.checkpoint.training_state import Stateful, TrainingState, collect, shared_out
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from effx_dist.shard import Group, SoloGroup, meet, separate_group
@@ -170,7 +170,10 @@ class Checkpointer:
         self._num_saves += 1  # on every rank, however this call ends: saves find each other by it
         try:
             state = self._collect(live, stateful or {}, extra or {})
-            staged = self._staging.copy(state.leaves)
+            leaves = state.leaves
+            if live.is_replicated:
+                leaves = shared_out(leaves, self._control.rank, self._control.size)
+            staged = self._staging.copy(leaves)
         except BaseException as error:  # no memory, Ctrl-C: the other ranks save already
             self._executor.give_up(self._num_saves, error)
             raise
@@ -313,6 +316,7 @@ class Checkpointer:
         else:
             self._let_go()
         finally:
+            self._staging.clear()
             if self._sigterm is not None:
                 self._sigterm.restore()
 

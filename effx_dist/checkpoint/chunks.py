@@ -92,11 +92,13 @@ class ChunkEncoder:
         self._threads = threads
 
     def planes(self, box: Box, part: torch.Tensor, is_moment: bool = False) -> ChunkRecord:
-        """A chunk losslessly; inline in the manifest where it is small."""
+        """A chunk losslessly; in the manifest itself where it is small or one value throughout."""
         bits = coding.to_bits(part)
         if bits.nbytes <= MAX_INLINE_BYTES:
             return _chunk(box, inline=bits.tobytes().hex())
         words = bits.size // box.numel
+        if (fill := coding.repeated(bits, words)) is not None:
+            return _chunk(box, fill=fill.hex())
 
         def encode(cut: slice) -> bytes:
             return coding.encode_planes(bits[cut.start * words : cut.stop * words])
@@ -104,9 +106,12 @@ class ChunkEncoder:
         return self._blocks(box, encode, MOMENTS if is_moment else VALUES)
 
     def delta(self, box: Box, part: torch.Tensor, reference: torch.Tensor) -> ChunkRecord:
-        """A chunk losslessly, as the difference to its reference."""
+        """A chunk losslessly, as the difference to its reference; one mark in the manifest where
+        there is none."""
         bits, old = coding.to_bits(part), coding.to_bits(reference)
         words = bits.size // box.numel
+        if coding.is_same(bits, old):
+            return _chunk(box, fill=bytes(part.element_size()).hex())
 
         def encode(cut: slice) -> bytes:
             inside = slice(cut.start * words, cut.stop * words)
@@ -191,6 +196,8 @@ class ChunkDecoder:
             if chunk.inline is not None:
                 raw = bytearray(bytes.fromhex(chunk.inline))
                 return torch.frombuffer(raw, dtype=record.torch_dtype)
+            if chunk.fill is not None:
+                return _filled(record, bytes.fromhex(chunk.fill), numel, old)
             match record.coding:
                 case Planes():
                     payload = self._payload(name, chunk_index, index)
@@ -234,6 +241,19 @@ class ChunkDecoder:
 
     def _where(self, record: TensorRecord, chunk_index: int) -> str:
         return str(self._files[record.chunks[chunk_index].file].path)
+
+
+def _filled(
+    record: TensorRecord, element: bytes, numel: int, old: torch.Tensor | None
+) -> torch.Tensor:
+    """The values of a block whose elements, or differences to the parent's, are all alike."""
+    bits = coding.repeat(element, numel)
+    if not isinstance(record.coding, Delta):
+        return coding.from_bits(bits, record.torch_dtype)
+    values = _required(old, "fill")
+    if any(element):
+        coding.undo_difference_(values, bits)
+    return values
 
 
 def _required(value: T | None, name: str) -> T:

@@ -48,6 +48,8 @@ _COMPILED_TYPES = {
     torch.float16: native.FLOAT16,
     torch.bfloat16: native.BFLOAT16,
 }
+_LOOK = 2**14
+"""Elements that are looked at before the next ones, where the answer may be found early."""
 _LARGEST_NIBBLE_SYMBOL = 15
 _NO_SYMBOLS = SymbolParts(None, 0, np.empty(0, np.uint8), np.empty(0, np.uint8))
 
@@ -64,9 +66,37 @@ def from_bits(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(bits).view(np.uint8)).view(dtype)
 
 
+def repeated(bits: Bits, words: int) -> bytes | None:
+    """The one element, of so many words, that all elements are; None where they differ. Looks at all
+    of them only where they are alike."""
+    first = bits[:words]
+    for start in range(0, bits.size, _LOOK * words):
+        stretch = bits[start : start + _LOOK * words].reshape(-1, words)
+        if not np.array_equal(stretch, np.broadcast_to(first, stretch.shape)):
+            return None
+    return first.tobytes()
+
+
+def repeat(element: bytes, numel: int) -> Bits:
+    """The way back: flat words of ``numel`` elements."""
+    word = np.frombuffer(element, dtype=_WORDS[min(len(element), 8)])
+    return np.tile(word, numel)
+
+
+def is_same(bits: Bits, reference: Bits) -> bool:
+    """Whether all words are the reference's. Stops at the first stretch that differs."""
+    return all(
+        np.array_equal(bits[start : start + _LOOK], reference[start : start + _LOOK])
+        for start in range(0, bits.size, _LOOK)
+    )
+
+
 def encode_planes(bits: Bits) -> bytes:
-    """Words to byte planes, zstd."""
-    return bytes(BytePlanes(itemsize=bits.dtype.itemsize).encode(bits))
+    """Words to byte planes, zstd. Raises ValueError where a reader would refuse the payload's heads."""
+    codec = BytePlanes(itemsize=bits.dtype.itemsize)
+    payload = bytes(codec.encode(bits))
+    codec.check(payload, bits.nbytes)
+    return payload
 
 
 def decode_planes(payload: bytes, itemsize: int, numel: int) -> Bits:
@@ -96,6 +126,12 @@ def _check_flat(values: torch.Tensor) -> None:
             f"values: shape {tuple(values.shape)} on {values.device}, must be a flat contiguous "
             "tensor in host memory to be changed in place"
         )
+
+
+def undo_difference_(values: torch.Tensor, folded: Bits) -> None:
+    """The same from the folded differences themselves."""
+    _check_flat(values)
+    undo_folded_delta_(folded, to_bits(values))
 
 
 def _undo_delta(payload: bytes, itemsize: int, words: Bits) -> None:

@@ -178,8 +178,12 @@ def build_manifest(
     chain: Chain,
     config: ExcpConfig,
     facts: SaveFacts,
+    paths: Mapping[str, Sequence[str | int]] | None = None,
 ) -> tuple[Manifest, bytes]:
-    """The manifest of what all ranks wrote, and its bytes. Coordinator only; writes nothing."""
+    """The manifest of what all ranks wrote, and its bytes. Coordinator only; writes nothing.
+
+    ``paths``: of a planner that flattens nested state dicts, where each entry stood.
+    """
     reports = [r for results_of_rank in results for r in results_of_rank]
     files = _files(reports)
     index_of = {place: index for index, place in enumerate(files)}
@@ -215,6 +219,7 @@ def build_manifest(
         world_size=decision.num_ranks,
         files=list(files.values()),
         aliases=dict(facts.aliases or {}),
+        paths={name: list(path) for name, path in (paths or {}).items() if tuple(path) != (name,)},
         values=values,
         extra=facts.extra,
     )

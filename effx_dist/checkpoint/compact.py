@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from effx_dist.checkpoint.blockfile import VALUES, BlockReader, RankFiles
+from effx_dist.checkpoint.bounds import check_declared
 from effx_dist.checkpoint.chunks import ChunkDecoder, ChunkEncoder, block_ranges
 from effx_dist.checkpoint.coding import to_bits
 from effx_dist.checkpoint.commit import LOSSLESS, new_manifest, with_sizes
@@ -31,8 +32,8 @@ from effx_dist.checkpoint.manifest import (
     Manifest,
     Planes,
     TensorRecord,
-    write_manifest,
 )
+from effx_dist.checkpoint.manifest_checks import write_manifest
 from effx_dist.checkpoint.pieces import OnProgress
 from effx_dist.checkpoint.reader import ChainReader
 from effx_dist.checkpoint.storage import Folder, Location, location
@@ -63,6 +64,7 @@ def compact(
     step = newest_step(place) if step is None else step
     own = step_folder(place, step)
     with ChainReader(own) as chain:
+        check_declared(chain.top.declared_bytes, own)
         names = _differences(chain.top.manifest)
         if not names or chain.top.merged is not None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,14 +27,21 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from effx_dist.checkpoint.manifest import TensorRecord
+from effx_dist.checkpoint.matching import listed
 from effx_dist.checkpoint.reader import ChainReader, open_checkpoint
 from effx_dist.checkpoint.storage import Folder, location
-from effx_dist.checkpoint.values import payload_of
+from effx_dist.checkpoint.tree import read_tree
+from effx_dist.checkpoint.values import is_opaque, payload_of
 from effx_dist.shard import Box
+
+logger = logging.getLogger(__name__)
 
 
 class ExcpReader(StorageReader):
     """Reads checkpoints of :class:`ExcpWriter` for torch.distributed.checkpoint, into any layout.
+
+    Tensors of another dtype are cast, as torch's own reader does, with a warning that names them;
+    ``Checkpointer.load`` refuses them. Works with ExcpLoadPlanner and with torch's stock planner.
 
     Args:
         path: one checkpoint's folder (``.../step-N``), or a folder of them for the newest committed
@@ -68,7 +76,10 @@ class ExcpReader(StorageReader):
         }
         entries |= {alias: entries[name] for alias, name in manifest.aliases.items()}
         entries |= {name: BytesStorageMetadata() for name in manifest.values}
-        return Metadata(entries, storage_meta=StorageMeta(checkpoint_id=str(self.path)))
+        # where each entry stood in the nested state dict, for clients that bring none of their own
+        paths = {name: tuple(manifest.paths.get(name, (name,))) for name in entries}
+        meta = StorageMeta(checkpoint_id=str(self.path))
+        return Metadata(entries, planner_data=paths, storage_meta=meta)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -91,6 +102,7 @@ class ExcpReader(StorageReader):
             for item in values:
                 self._read_value(item, planner)
             targets = [planner.resolve_tensor(item).detach() for item in tensors]
+            self._warn_of_casts(tensors, targets)
             reads = [
                 partial(self._read_tensor, *pair) for pair in zip(tensors, targets, strict=True)
             ]
@@ -103,17 +115,32 @@ class ExcpReader(StorageReader):
         done.set_result(None)
         return done
 
+    def _warn_of_casts(self, items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> None:
+        """Values are cast to what the caller's tensors are, as torch's own reader does; not silently."""
+        found = {}
+        for item, target in zip(items, targets, strict=True):
+            record = self.chain.record(item.storage_index.fqn)
+            if record is not None and record.torch_dtype != target.dtype:
+                found[item.storage_index.fqn] = f"{record.torch_dtype} to {target.dtype}"
+        if found:
+            shown = listed([f"{name} from {how}" for name, how in sorted(found.items())])
+            logger.warning("%s: %d tensors are cast: %s", self.path, len(found), shown)
+
     def _read_value(self, item: ReadItem, planner: LoadPlanner) -> None:
         name = item.storage_index.fqn
         value = self.chain.top.manifest.values[name]
         reads_json = type(planner).load_bytes is not DefaultLoadPlanner.load_bytes
-        payload = payload_of(name, value, self._allow_opaque_bytes, reads_json)
+        if reads_json or is_opaque(value):
+            payload = payload_of(name, value, self._allow_opaque_bytes)
+        else:
+            payload = _pickled(name, value)
         planner.load_bytes(item, io.BytesIO(payload))
 
     def _read_tensor(self, item: ReadItem, target: torch.Tensor) -> None:
         name, box = item.storage_index.fqn, _whole_box_of(item)
         dtype = self.chain.top.manifest.tensors[self.chain.resolve(name)].torch_dtype
-        if (target.device.type, target.dtype) == ("cpu", dtype):
+        is_plain = not (target.is_conj() or target.is_neg())
+        if is_plain and (target.device.type, target.dtype) == ("cpu", dtype):
             self.chain.read_into(name, box, target)
             return
         # A seeded base's differences build upon what is there.
@@ -131,6 +158,14 @@ class ExcpReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return bool(os.fspath(checkpoint_id))
+
+
+def _pickled(name: str, value: Any) -> bytes:
+    """A JSON value in the form that torch's stock planner unpickles. Made here, of plain values alone:
+    no bytes of the checkpoint come near an unpickler."""
+    buffer = io.BytesIO()
+    torch.save(read_tree(value, {}, name), buffer)
+    return buffer.getvalue()
 
 
 def _run_all(calls: Sequence[Callable[[], None]], threads: int) -> None:

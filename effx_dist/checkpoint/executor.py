@@ -11,11 +11,11 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from typing import Any
 
+from effx_dist.checkpoint.arena import parcel
 from effx_dist.checkpoint.ownership import Ownership
 from effx_dist.checkpoint.saver import Loaded, SaveJob, Saver, SaveResult
 from effx_dist.checkpoint.saving_process import KEPT_SIGNALS, socket_pair
@@ -135,7 +135,7 @@ class ProcessExecutor(SaveExecutor):
         self._loaded: Loaded | None = None  # what a new child has to be told
         self._is_abandoned = False
         self._replacing = threading.Lock()  # no child is started once the last one was abandoned
-        self._process, self._connection = self._start_process()
+        self._start_process()
         self._worker = Worker("effx-save")
 
     def submit(self, job: SaveJob, session: int) -> Future[SaveResult]:
@@ -163,7 +163,9 @@ class ProcessExecutor(SaveExecutor):
         self._connection.close()
         self._process.wait()
 
-    def _start_process(self) -> tuple[subprocess.Popen[bytes], Connection]:
+    def _start_process(self) -> None:
+        """Start the child and tell it what it is for. One that is gone again at once (no memory, a broken
+        installation) is found out by the next request, which tells the other ranks."""
         ours, theirs = socket_pair()
         # a fresh interpreter, not multiprocessing's spawn, which would run an unguarded training script again
         call = f"main({theirs.fileno()}, parent={os.getpid()})"
@@ -175,9 +177,10 @@ class ProcessExecutor(SaveExecutor):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
-        ours.send_bytes(multiprocessing.current_process().authkey)
-        ours.send((self._ownership, self._config, self._rendezvous))
-        return process, ours
+        self._process, self._connection = process, ours
+        with suppress(ConnectionError):
+            ours.send_bytes(multiprocessing.current_process().authkey)
+            ours.send((self._ownership, self._config, self._rendezvous))
 
     def _restart(self, loaded: Loaded) -> None:
         try:
@@ -210,13 +213,13 @@ class ProcessExecutor(SaveExecutor):
                 self._process.returncode,
             )
             self._connection.close()
-            self._process, self._connection = self._start_process()
+            self._start_process()
         if self._loaded is not None:
             self._ask("restart", self._loaded)
 
     def _ask(self, request: str, *arguments: Any) -> Any:
         try:
-            self._connection.send((request, arguments))
+            self._connection.send((request, parcel(arguments)))
             answer, error, trace = self._connection.recv()
         except (EOFError, OSError) as lost:
             raise _ProcessEnded from lost

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorPropertie
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 
 from effx_dist.checkpoint.joints import TensorFacts
+from effx_dist.checkpoint.manifest import DTYPES
 from effx_dist.shard import Box, LocalRows, local_of, pieces_of_tensor, whole_box
 
 
@@ -47,6 +48,7 @@ class Fragment:
         is its own description."""
         if isinstance(value, Fragment):
             return value
+        checked_dtype(name, value.local.dtype if isinstance(value, LocalRows) else value.dtype)
         if isinstance(value, LocalRows):
             is_held = value.local.numel() or not math.prod(value.global_shape)
             parts = [(value.box, value.local)] if is_held else []
@@ -93,6 +95,19 @@ class Fragment:
             if box.offsets == offsets:
                 return part
         raise KeyError(f"{index.fqn}: no piece at {offsets} on this rank")
+
+
+def checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """``dtype`` itself. Raises TypeError, naming the tensor, for one that is not stored."""
+    if dtype not in _STORED:
+        raise TypeError(
+            f"{name}: has dtype {dtype}, whose values are not their bytes (or that this release does "
+            "not know); keep it out of the checkpoint, or hand over int_repr() and scales"
+        )
+    return dtype
+
+
+_STORED = frozenset(DTYPES.values())
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:

@@ -16,6 +16,13 @@ EXP_AVG = ".exp_avg"
 EXP_AVG_SQ = ".exp_avg_sq"
 
 
+_QUANTISED = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    | {torch.float8_e4m3fn, torch.float8_e5m2}
+)
+"""dtypes of weights whose residuals are quantised; of others torch does no arithmetic everywhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
     """What the rule looks at: dtype and shape of a whole tensor."""
@@ -53,6 +60,12 @@ def is_chained(name: str, facts: TensorFacts) -> bool:
     return facts.dtype.is_floating_point and len(facts.shape) >= 2 and not is_moment(name)
 
 
+def is_spread(facts: TensorFacts) -> bool:
+    """Whether tensors like this one, where several ranks hold it, are shared out among them: large ones
+    are. Buffers and what else has few dimensions is the first rank's, all of it from one moment."""
+    return facts.dtype.is_floating_point and len(facts.shape) >= 2
+
+
 def find_joints(tensors: Mapping[str, TensorFacts]) -> tuple[Joint, ...]:
     """All weights with a first moment of their own shape, in the order of their names.
 
@@ -70,7 +83,7 @@ def find_joints(tensors: Mapping[str, TensorFacts]) -> tuple[Joint, ...]:
         if not name.endswith(EXP_AVG) or facts.dtype != torch.float32:
             continue
         weight, num_matched = _weight_of(name.removesuffix(EXP_AVG), weights)
-        fits = weight is not None and tensors[weight].shape == facts.shape
+        fits = weight is not None and _fits(tensors[weight], facts)
         # of two moments that claim a weight the one that names more of it has it, then the first
         if weight is not None and fits and num_matched > found.get(weight, (0, ""))[0]:
             found[weight] = (num_matched, name)
@@ -78,6 +91,10 @@ def find_joints(tensors: Mapping[str, TensorFacts]) -> tuple[Joint, ...]:
         Joint(weight, found[weight][1], _second_moment(found[weight][1], tensors))
         for weight in sorted(found)
     )
+
+
+def _fits(weight: TensorFacts, moment: TensorFacts) -> bool:
+    return weight.shape == moment.shape and weight.dtype in _QUANTISED
 
 
 def _weight_of(stem: str, weights: Mapping[str, list[str]]) -> tuple[str | None, int]:

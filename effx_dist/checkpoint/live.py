@@ -5,25 +5,32 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    _get_fqns,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from effx_dist.checkpoint.joints import TensorFacts
+from effx_dist.checkpoint.matching import listed
 from effx_dist.errors import ConfigError, LayoutMismatchError
 
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""What only a wrapper calls its child. DDP's ``module`` is not among them: users call theirs so too."""
 _NO_OPTIONS = frozenset({"params", "param_names"})
 
 StateByName = dict[str, dict[str, Any]]
@@ -66,6 +73,11 @@ class LiveState(ABC):
         """Names in the model's state that :meth:`fit` has changed the shape of: what a load fills of them
         is nothing that a save of their own shape could be a difference against."""
         return frozenset()
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank holds all of the state, whole and alike, so that each may save a share."""
+        return False
 
     @abstractmethod
     def model_state(self) -> dict[str, Any]:
@@ -137,6 +149,18 @@ class TorchState(LiveState):
         self.has_optimizer = optimizer is not None
 
     @property
+    def is_replicated(self) -> bool:
+        """So it is under DDP over all ranks, with an optimizer that keeps its whole state everywhere."""
+        model = getattr(self._model, "_orig_mod", self._model)  # torch.compile's wrapper
+        is_whole = not isinstance(self._optimizer, ZeroRedundancyOptimizer)
+        return (
+            isinstance(model, DistributedDataParallel)
+            and is_whole
+            and model.process_group.size() == dist.get_world_size()
+            and not any(isinstance(p, DTensor) for p in model.parameters())
+        )
+
+    @property
     def _required_optimizer(self) -> torch.optim.Optimizer:
         assert self._optimizer is not None, "has_optimizer"
         return self._optimizer
@@ -152,13 +176,14 @@ class TorchState(LiveState):
 
     def optimizer_state(self) -> OptimizerState:
         optimizer = self._required_optimizer
+        _check_saveable(self._model, optimizer)
         options = group_options(optimizer.param_groups)
         if optimizer.state:
             full = get_optimizer_state_dict(self._model, optimizer)
             groups = cast(list[dict[str, Any]], full["param_groups"])
             parameters = [list(group["params"]) for group in groups]
             return OptimizerState(cast(StateByName, full["state"]), parameters, options)
-        names = {id(p): plain_name(raw) for raw, p in self._model.named_parameters()}
+        names = {id(p): torch_name(self._model, raw) for raw, p in self._model.named_parameters()}
         parameters = [
             [names[id(p)] for p in group["params"] if id(p) in names]
             for group in optimizer.param_groups
@@ -169,6 +194,7 @@ class TorchState(LiveState):
         """torch makes an empty state, by a step of zero gradients at learning rate zero, only where
         there are no gradients."""
         optimizer = self._required_optimizer
+        _check_saveable(self._model, optimizer)
         is_fresh = not optimizer.state
         with _gradients_set_aside(optimizer) if is_fresh else nullcontext():
             state = get_optimizer_state_dict(self._model, optimizer)["state"]
@@ -193,6 +219,28 @@ class TorchState(LiveState):
         take_group_options(self._required_optimizer.param_groups, options)
 
 
+def _check_saveable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer whose state cannot be named by the model's parameters."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS keeps one state for all parameters together, which no layout but its own can take; "
+            'save it as it is: stateful={"optimizer": optimizer}, without optimizer='
+        )
+    known = {id(parameter) for parameter in model.parameters()}
+    outside = [
+        f"parameter {index} of group {number}, shape {tuple(parameter.shape)}"
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+        if id(parameter) not in known
+    ]
+    if outside:
+        raise ConfigError(
+            f"the optimizer holds {len(outside)} parameters that are not the model's, so that their state has no "
+            f"name ({listed(outside)}); hand over a module that holds them all, or save an optimizer of "
+            "their own as stateful"
+        )
+
+
 @contextmanager
 def _gradients_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -207,16 +255,29 @@ def _gradients_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def plain_name(raw: str) -> str:
-    """A parameter's name without those of the modules that wrappers put around it."""
+    """A parameter's name, as a file holds it or below the module that an engine wraps, without the
+    names by which wrappers that may lie in between call their child."""
     return ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """``{other name: first name}`` of parameters that a model holds under several names."""
+def torch_name(model: nn.Module, raw: str) -> str:
+    """A live parameter's name as torch's ``get_model_state_dict`` gives it: without the wrappers that
+    are there, and with every child of that name that is not one's."""
+    found = _get_fqns(model, raw)  # several only for flat parameters, which stand for several
+    return next(iter(found)) if len(found) == 1 else plain_name(raw)
+
+
+def tied_names(
+    model: nn.Module, name_of: Callable[[nn.Module, str], str] = torch_name
+) -> dict[str, str]:
+    """``{other name: first name}`` of parameters that a model holds under several names.
+
+    ``name_of``: from the model and a name of ``named_parameters`` to that of the checkpoint.
+    """
     first: dict[int, str] = {}
     tied = {}
     for raw, parameter in model.named_parameters(remove_duplicate=False):
-        name = plain_name(raw)
+        name = name_of(model, raw)
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     return tied

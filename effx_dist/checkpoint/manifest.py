@@ -9,7 +9,6 @@ than the files' bytes can account for.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -22,26 +21,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from effx_dist.checkpoint.folder import MANIFEST
 from effx_dist.checkpoint.storage import Location
-from effx_dist.errors import ConfigError, CorruptCheckpointError
+from effx_dist.errors import CorruptCheckpointError
 from effx_dist.shard import Box
 
 FORMAT = "effx-excp"
-VERSION = 2
+VERSION = 3
 BLOCK_NUMEL = 2**20
 """Elements of a block, the unit of coding, checking and partial reading. A chunk's last block may
 be shorter."""
 MAX_INLINE_BYTES = 256
 """Chunks up to this many raw bytes stand in the manifest itself."""
 
+
+_STORABLE = (
+    *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("float4_e2m1fn_x2", "bool", "int64", "int32", "int16", "int8"),
+    *("uint64", "uint32", "uint16", "uint8", "bits16", "bits8", "bits4x2", "bits2x4", "bits1x8"),
+)
 DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-        *(torch.uint16, torch.uint32, torch.uint64),
-    )
+    name: getattr(torch, name) for name in _STORABLE if hasattr(torch, name)
 }
+"""By name, what is stored as its bytes: all dtypes of this torch whose memory holds the whole value.
+Those of torch's older quantised tensors keep their scales elsewhere."""
 
 MAX_MANIFEST_BYTES = 2**30
 """Larger files are not read as manifests: that of a 100B-parameter model on 1000 ranks is 10^8 bytes."""
@@ -76,13 +78,18 @@ class BlockRecord(_Record):
 
 class ChunkRecord(_Record):
     """One box of a whole tensor, as one rank wrote it: blocks of BLOCK_NUMEL elements in flat
-    order, or inline hex."""
+    order, all of it as inline hex, or one element's bytes as hex (``fill``) where all are alike.
+
+    A fill is what the coding would have put into planes: the value itself, or its difference to the
+    parent's, so that a tensor that did not change is ``"00"`` times its item size.
+    """
 
     offsets: list[Count]
     sizes: list[Count]
     file: Count = 0
     blocks: list[BlockRecord] = []
     inline: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=512)] | None = None
+    fill: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){1,16}$")] | None = None
 
     @property
     def box(self) -> Box:
@@ -203,7 +210,8 @@ class Figures(_Record):
 
 class Manifest(_Record):
     """One checkpoint. ``values``: JSON entries of the state dict; ``extra``: what the caller handed
-    over; ``merges``: of a base made from a chain, the checksum of the link that it stands for."""
+    over; ``paths``: where an entry stood in the nested state dict that it was flattened from, if its name
+    does not say it; ``merges``: of a base made from a chain, the checksum of the link that it stands for."""
 
     step: Count
     kind: Literal["base", "link"]
@@ -215,6 +223,7 @@ class Manifest(_Record):
     files: list[FileRecord]
     figures: Figures
     aliases: dict[Name, Name] = {}
+    paths: dict[Name, list[str | int]] = {}
     tensors: dict[Name, TensorRecord]
     values: dict[Name, Any] = {}
     extra: Any = None
@@ -300,19 +309,3 @@ def _head(content: bytes, path: object) -> re.Match[bytes]:
 def sha256_line(content: bytes) -> bytes:
     """A manifest's SHA-256 as ``sha256sum`` writes it: for signatures, which an xxh3 cannot carry."""
     return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
-
-
-def write_manifest(folder: Location, content: bytes) -> None:
-    """Commit: the manifest appears whole, by fsync and rename, after everything it names is
-    durable. Where that cannot be made sure of, it does not stay."""
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise ConfigError(
-            f"{folder / MANIFEST}: would have {len(content)} bytes, at most {MAX_MANIFEST_BYTES} are "
-            "read back; save fewer or larger tensors, or less in `extra`"
-        )
-    try:
-        folder.replace_file(MANIFEST, content)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.remove_file(MANIFEST)
-        raise

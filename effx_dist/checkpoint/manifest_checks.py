@@ -1,18 +1,25 @@
 """Whether a manifest holds together, before anything that it says is used.
 
-A manifest may be damaged or hostile: names stay inside the folder, boxes tile their tensor, blocks lie apart inside
-their files, and no size asks for more memory than the files' bytes can account for.
+A manifest may be damaged or hostile: names stay inside the folder, boxes tile their tensor, and blocks
+lie apart in their files. How much memory a load takes is not for a manifest to say: values are decoded
+block by block into tensors that the caller has; what is made because a manifest names it is bounded
+(``bounds.py``).
+
+A writer runs the same checks on what it is about to publish: whatever is committed is accepted by a reader.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 
-from effx_dist.checkpoint.folder import checked_rank_file_name, checked_sibling_name
+from effx_dist.checkpoint.folder import MANIFEST, checked_rank_file_name, checked_sibling_name
 from effx_dist.checkpoint.manifest import (
     BLOCK_NUMEL,
     DTYPES,
     MAX_INLINE_BYTES,
+    MAX_MANIFEST_BYTES,
     ChunkRecord,
     Coding,
     FileRecord,
@@ -21,13 +28,16 @@ from effx_dist.checkpoint.manifest import (
     Manifest,
     Seeded,
     TensorRecord,
+    manifest_from_bytes,
     short,
 )
-from effx_dist.errors import CorruptCheckpointError
+from effx_dist.checkpoint.storage import Location
+from effx_dist.errors import ConfigError, CorruptCheckpointError, UnreadableSaveError
 from effx_dist.shard import Box, whole_box
 
-MAX_RATIO = 2**17
-"""Largest ratio of raw to stored bytes of a lossless block that is believed (zstd reaches 2**15 on zeros)."""
+SHORTEST_BLOCK_BYTES = {"planes": 5, "delta": 6}
+"""Of a lossless block, however many values it stands for: a tag, their bytes (varint), and one stream
+of a repeated byte; a difference has a tag of its own before it."""
 MAX_DIMS = 64
 
 
@@ -60,7 +70,9 @@ def _check(manifest: Manifest, path: object) -> None:
 
 def _check_tensor(where: str, record: TensorRecord, manifest: Manifest) -> None:
     if record.dtype not in DTYPES:
-        raise CorruptCheckpointError(f"{where}: unknown dtype {record.dtype!r}")
+        raise CorruptCheckpointError(
+            f"{where}: unknown dtype {record.dtype!r}; no torch has it, or a newer one than this"
+        )
     needs_parent = record.coding.kind in ("delta", "joint_weight")
     if needs_parent and manifest.parent is None:
         raise CorruptCheckpointError(f"{where}: is stored as a difference, but there is no parent")
@@ -81,7 +93,7 @@ def _check_tensor(where: str, record: TensorRecord, manifest: Manifest) -> None:
         return
     _check_tiling(where, record, boxes)
     for chunk in record.chunks:
-        _check_chunk(where, record, chunk, manifest.files)
+        check_chunk(where, record.dtype, record.coding, chunk, manifest.files)
 
 
 def _partners(coding: Coding) -> dict[str, str]:
@@ -141,16 +153,28 @@ def _until_past(ordered: list[Box], index: int, box: Box) -> list[Box]:
     return ordered[index + 1 : stop]
 
 
-def _check_chunk(
-    where: str, record: TensorRecord, chunk: ChunkRecord, files: list[FileRecord]
+def check_chunk(
+    where: str, dtype: str, coding: Coding, chunk: ChunkRecord, files: Sequence[FileRecord]
 ) -> None:
-    numel, itemsize = chunk.box.numel, record.torch_dtype.itemsize
+    """Raise CorruptCheckpointError for a chunk that does not hold its box's elements, or does not lie
+    in its file."""
     if chunk.file >= len(files):
         raise CorruptCheckpointError(f"{where}: names file {chunk.file} of {len(files)}")
+    numel, itemsize, kind = chunk.box.numel, DTYPES[dtype].itemsize, coding.kind
+    if chunk.fill is not None:
+        if (
+            chunk.blocks
+            or chunk.inline is not None
+            or kind not in ("planes", "delta")
+            or not numel
+            or len(chunk.fill) != 2 * itemsize
+        ):
+            raise CorruptCheckpointError(f"{where}: a fill is not one element of {dtype}")
+        return
     if chunk.inline is not None:
         if (
             chunk.blocks
-            or record.coding.kind != "planes"
+            or kind != "planes"
             or numel * itemsize > MAX_INLINE_BYTES
             or len(chunk.inline) != 2 * numel * itemsize
         ):
@@ -160,15 +184,46 @@ def _check_chunk(
         raise CorruptCheckpointError(
             f"{where}: {numel} elements need {-(-numel // BLOCK_NUMEL)} blocks, the manifest has {len(chunk.blocks)}"
         )
+    shortest = SHORTEST_BLOCK_BYTES.get(kind, 1)
     for index, block in enumerate(chunk.blocks):
         if block.offset + block.length > files[chunk.file].bytes:
             raise CorruptCheckpointError(
                 f"{where}: block {index} lies outside {files[chunk.file].name}"
             )
-        raw_bytes = min(BLOCK_NUMEL, numel - index * BLOCK_NUMEL) * itemsize
-        lossless = record.coding.kind in ("planes", "delta")
-        if lossless and raw_bytes > block.length * MAX_RATIO:
+        if block.length < shortest:
             raise CorruptCheckpointError(
-                f"{where}: block {index} claims {raw_bytes} bytes from {block.length}; "
-                f"more than {MAX_RATIO}x is not believed"
+                f"{where}: block {index} has {block.length} bytes; no {kind} block has fewer than {shortest}"
             )
+
+
+def write_manifest(folder: Location, content: bytes) -> None:
+    """Commit: the manifest appears whole, by fsync and rename, after everything it names is
+    durable. Where that cannot be made sure of, it does not stay.
+
+    Raises UnreadableSaveError, before anything is written, for a manifest that no load would accept.
+    """
+    path = folder / MANIFEST
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ConfigError(
+            f"{path}: would have {len(content)} bytes, at most {MAX_MANIFEST_BYTES} are "
+            "read back; save fewer or larger tensors, or less in `extra`"
+        )
+    with refused_by_readers(path):
+        check_manifest(manifest_from_bytes(content, path), path)
+    try:
+        folder.replace_file(MANIFEST, content)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.remove_file(MANIFEST)
+        raise
+
+
+@contextlib.contextmanager
+def refused_by_readers(place: object) -> Iterator[None]:
+    """Within it a reader's checks are run by the writer: what they refuse is an UnreadableSaveError."""
+    try:
+        yield
+    except CorruptCheckpointError as error:
+        raise UnreadableSaveError(
+            f"{place}: this save is not published, because every load would refuse it: {error}"
+        ) from error

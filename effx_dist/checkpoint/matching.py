@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,13 +78,15 @@ class SavedNames:
         self, mapping: NameMap | None, live: Iterable[str], manifest: Manifest, strict: bool
     ) -> None:
         names = sorted(set(live))
-        self._saved = {name: _apply(mapping, name) for name in names}
-        self.left_out = frozenset(name for name, saved in self._saved.items() if saved is None)
         known = self._known = {
             name.removeprefix(f"{MODEL}.")
             for name in (*manifest.tensors, *manifest.aliases)
             if name.startswith(f"{MODEL}.")
         }
+        self._saved = {name: _apply(mapping, name) for name in names}
+        if mapping is None:
+            self._saved |= _former_names(names, known)
+        self.left_out = frozenset(name for name, saved in self._saved.items() if saved is None)
         renamed = {n: saved for n, saved in self._saved.items() if saved not in (None, n)}
         lost = {n: saved for n, saved in renamed.items() if saved not in known}
         problems = []
@@ -108,6 +110,18 @@ class SavedNames:
     def is_known(self, saved: str | None) -> bool:
         """Whether the checkpoint holds a parameter or buffer of that name."""
         return saved in self._known
+
+
+def _former_names(live: Sequence[str], known: Set[str]) -> dict[str, str]:
+    """Saved names of live tensors that releases up to format 2 saved without any ``module`` in them,
+    also where that was the user's own child (under DeepSpeed, and in the names of tied tensors)."""
+    free = known - set(live)
+    former = {
+        name: ".".join(part for part in name.split(".") if part != "module")
+        for name in live
+        if name not in known
+    }
+    return {name: old for name, old in former.items() if old in free}
 
 
 def _apply(mapping: NameMap | None, name: str) -> str | None:

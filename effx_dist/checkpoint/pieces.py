@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from effx_dist.checkpoint.bounds import check_declared, empty_for
 from effx_dist.checkpoint.manifest import TensorRecord
 from effx_dist.checkpoint.reader import ChainReader
-from effx_dist.checkpoint.training_state import empty_for
 from effx_dist.shard import Box
 
 PIECE_NUMEL = 2**24
@@ -39,7 +39,11 @@ def row_boxes(box: Box) -> Iterator[Box]:
 
 
 def read_pieces(chain: ChainReader, name: str) -> Iterator[tuple[Box, torch.Tensor]]:
-    """The values of a tensor or alias, box by box. Raises CorruptCheckpointError."""
+    """The values of a tensor or alias, box by box.
+
+    Raises CorruptCheckpointError, also where the checkpoint declares more than the bound of tools.
+    """
+    check_declared(chain.top.declared_bytes, chain.top.folder)
     record = chain.top.manifest.tensors[chain.resolve(name)]
     for box in piece_boxes(record):
         yield box, chain.read(name, box)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem, WriteItemType
 
 from effx_dist.checkpoint.fragment import Fragment
-from effx_dist.checkpoint.joints import TensorFacts, find_joints
+from effx_dist.checkpoint.joints import TensorFacts, find_joints, is_spread
 from effx_dist.checkpoint.tree import tree_from_json, tree_to_json
 
 Place = tuple[str, tuple[int, ...]]
@@ -35,10 +35,12 @@ def colocate_joints(plans: Sequence[SavePlan]) -> list[SavePlan]:
     together.
 
     Which one depends on the weight's name alone, so that the rank that has the reference of a
-    replicated weight writes it again next time, whatever else is saved. Returns new plans; no
+    replicated weight writes it again next time, whatever else is saved; what has few dimensions (buffers)
+    and what is no tensor is the first holder's. Returns new plans; no
     communication is performed.
     """
-    joint_of = _joint_names(plans)
+    facts = facts_of_plans(plans)
+    joint_of = {name: joint.weight for joint in find_joints(facts) for name in joint.names}
     holders: dict[Place, list[int]] = {}
     for rank, plan in enumerate(plans):
         for place in {_place(item, joint_of) for item in plan.items}:
@@ -46,21 +48,21 @@ def colocate_joints(plans: Sequence[SavePlan]) -> list[SavePlan]:
     return [
         dataclasses.replace(
             plan,
-            items=[i for i in plan.items if _writer_of(_place(i, joint_of), holders) == rank],
+            items=[
+                i for i in plan.items if _writer_of(_place(i, joint_of), holders, facts) == rank
+            ],
         )
         for rank, plan in enumerate(plans)
     ]
 
 
-def _writer_of(place: Place, holders: Mapping[Place, Sequence[int]]) -> int:
-    ranks = holders[place]
+def _writer_of(
+    place: Place, holders: Mapping[Place, Sequence[int]], facts: Mapping[str, TensorFacts]
+) -> int:
+    ranks, found = holders[place], facts.get(place[0])
+    if found is None or not is_spread(found):
+        return ranks[0]
     return ranks[zlib.crc32(place[0].encode()) % len(ranks)]
-
-
-def _joint_names(plans: Sequence[SavePlan]) -> dict[str, str]:
-    """Name of the joint's weight for every tensor in a joint."""
-    joints = find_joints(facts_of_plans(plans))
-    return {name: joint.weight for joint in joints for name in joint.names}
 
 
 def _place(item: WriteItem, joint_of: Mapping[str, str]) -> Place:
@@ -80,7 +82,29 @@ def facts_of_plans(plans: Sequence[SavePlan]) -> dict[str, TensorFacts]:
 
 class ExcpSavePlanner(DefaultSavePlanner):
     """Plans fragments beside tensors and DTensors; writes non-tensors as JSON and refuses what is
-    not JSON."""
+    not JSON.
+
+    Args:
+        flatten_state_dict, flatten_sharded_tensors, dedup_replicated_tensors, dedup_save_to_lowest_rank:
+            as of torch's DefaultSavePlanner.
+        enable_plan_caching: accepted, and a plan is made for every save all the same: what a save is
+            (base or link) is decided anew each time.
+    """
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        dedup_replicated_tensors: bool | None = None,
+        dedup_save_to_lowest_rank: bool = False,
+        enable_plan_caching: bool = False,
+    ) -> None:
+        super().__init__(
+            flatten_state_dict,
+            flatten_sharded_tensors,
+            dedup_replicated_tensors,
+            dedup_save_to_lowest_rank,
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return super().create_global_plan(colocate_joints(all_plans))
@@ -112,6 +136,7 @@ class ExcpLoadPlanner(DefaultLoadPlanner):
         fragments = {name: v for name, v in state_dict.items() if isinstance(v, Fragment)}
         rest = {name: v for name, v in state_dict.items() if name not in fragments}
         super().set_up_planner(rest, metadata, is_coordinator)
+        state_dict.update(rest)  # tensors on the meta device have been replaced by real ones
         self.original_state_dict = state_dict
         self.state_dict = {**self.state_dict, **fragments}
 

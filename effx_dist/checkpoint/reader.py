@@ -91,6 +91,11 @@ class StepReader:
         self._decoder = ChunkDecoder(self.files, self.manifest.tensors, self._quantisers())
 
     @cached_property
+    def declared_bytes(self) -> int:
+        """Bytes of all its tensors when they are decoded, as the manifest says."""
+        return sum(record.raw_bytes for record in self.manifest.tensors.values())
+
+    @cached_property
     def merged(self) -> StepReader | None:
         """This step's weights as a base of their own, where somebody has made one."""
         folder = self.folder / MERGED

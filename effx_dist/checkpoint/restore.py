@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from effx_dist.checkpoint.bounds import empty_for
 from effx_dist.checkpoint.dcp_reader import ExcpReader
 from effx_dist.checkpoint.drive import drive_load
 from effx_dist.checkpoint.fragment import Fragment
@@ -22,13 +23,13 @@ from effx_dist.checkpoint.training_state import (
     Stateful,
     Targets,
     chained_references,
-    empty_for,
     extra_leaves,
-    read_tree,
+    own_states,
     run_values,
+    shared_out,
     targets_of,
 )
-from effx_dist.checkpoint.tree import Leaf
+from effx_dist.checkpoint.tree import Leaf, read_tree
 from effx_dist.errors import CorruptCheckpointError
 from effx_dist.shard import Group
 
@@ -67,11 +68,12 @@ def restore(
     """
     manifest = reader.chain.top.manifest
 
-    def find() -> tuple[Targets, dict[str, Leaf]]:
+    def find() -> tuple[Targets, dict[str, Any], dict[str, Leaf]]:
         found = targets_of(wanted.live, manifest, wanted.mapping, wanted.strict)
-        return found, extra_leaves(manifest, wanted.stateful)
+        own = own_states(manifest, wanted.stateful, group.rank, group.size)
+        return found, own, extra_leaves(manifest, wanted.stateful, own)
 
-    targets, others = group.everywhere(find, keep_own_error=True)
+    targets, states, others = group.everywhere(find, keep_own_error=True)
     random_states = _random_leaves(manifest, group.rank) if wanted.continues else {}
     leaves = {**targets.leaves, **others, **random_states}
     check_seed(reader.chain, leaves, group)
@@ -80,19 +82,28 @@ def restore(
         drive_load({name: Fragment.of(name, leaf) for name, leaf in leaves.items()}, reader)
 
     group.everywhere(fill, keep_own_error=True)
-    group.everywhere(lambda: _install(wanted, targets, manifest, others), keep_own_error=True)
+    group.everywhere(
+        lambda: _install(wanted, targets, manifest, states, others), keep_own_error=True
+    )
     wanted.live.finish()
-    states = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
-    _set_random_state(wanted.live, states, group.rank)
+    generators = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
+    _set_random_state(wanted.live, generators, group.rank)
     extra = read_tree(run_values(manifest).extra, others, "extra")
     refitted = {f"{MODEL}.{name}" for name in wanted.live.refitted}
     chained = {name: targets.leaves[name] for name in targets.unrenamed - refitted} | others
+    if wanted.live.is_replicated:  # a rank needs references of what it saves
+        own = shared_out(chained, group.rank, group.size)
+        chained = {name: leaf for name, leaf in own.items() if Fragment.of(name, leaf).own_parts}
     loaded = _loaded(reader, chained if wanted.keeps_references else {})
     return extra, loaded, replace(targets.report, extra=extra)
 
 
 def _install(
-    wanted: Wanted, targets: Targets, manifest: Manifest, others: Mapping[str, Leaf]
+    wanted: Wanted,
+    targets: Targets,
+    manifest: Manifest,
+    states: Mapping[str, Any],
+    others: Mapping[str, Leaf],
 ) -> None:
     values, live = run_values(manifest), wanted.live
     if values.model_values:
@@ -104,8 +115,7 @@ def _install(
         options = read_tree(values.param_groups, others, "param_groups")
         if wanted.strict or len(options) == live.num_groups:
             live.take_group_options(options)
-    asked = {name: state for name, state in values.stateful.items() if name in wanted.stateful}
-    for name, state in read_tree(asked, others, "stateful").items():
+    for name, state in read_tree(dict(states), others, "stateful").items():
         wanted.stateful[name].load_state_dict(state)
 
 

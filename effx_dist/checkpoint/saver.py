@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from effx_dist.checkpoint.drive import drive_save
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.manifest import Figures, ParentRecord
 from effx_dist.checkpoint.ownership import Ownership
+from effx_dist.checkpoint.rank_values import agreed
 from effx_dist.checkpoint.retention import remove_leftovers, retire, set_aside_newer
 from effx_dist.checkpoint.writer import ExcpWriter
 from effx_dist.config import ExcpConfig
@@ -97,22 +98,17 @@ class Saver:
         self._group.give_up({rank: f"{type(error).__name__}: {error}"}, session)
 
     def close(self) -> None:
-        """Let go of the group. Rank 0 first waits a little for ranks that still read from it."""
+        """Let go of the group and of the references. Rank 0 first waits a little for ranks that still
+        read from it."""
         self._group.close()
+        self._chain = Chain()
 
     def _save(self, job: SaveJob) -> SaveResult:
         started = time.perf_counter()
         self._group.everywhere(self._clear_the_way)
-        writer = ExcpWriter(
-            self._folder / job.name,
-            self._config,
-            chain=self._chain,
-            group=self._group,
-            facts=job.facts,
-            before_commit=self._ownership.check,
-            owns_tensors=True,
-        )
         try:
+            values, aliases = agreed(job.facts.extra, job.facts.aliases, job.state, self._group)
+            writer = self._writer(job, replace(job.facts, extra=values, aliases=aliases))
             manifest = drive_save(dict(job.state), writer, self._group)
         except Exception:
             self._tidy(remove_leftovers, self._folder)  # a full disk wants its space back
@@ -120,6 +116,17 @@ class Saver:
         self._tidy(retire, self._folder, self._config)
         write_s = time.perf_counter() - started
         return SaveResult(job.facts.step, manifest.kind, manifest.figures, write_s)
+
+    def _writer(self, job: SaveJob, facts: SaveFacts) -> ExcpWriter:
+        return ExcpWriter(
+            self._folder / job.name,
+            self._config,
+            chain=self._chain,
+            group=self._group,
+            facts=facts,
+            before_commit=self._ownership.check,
+            owns_tensors=True,
+        )
 
     def _tidy(self, remove: Callable[..., object], *arguments: object) -> None:
         """Rank 0 removes what is not needed; what cannot be removed changes nothing for the save."""

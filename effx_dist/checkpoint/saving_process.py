@@ -42,16 +42,16 @@ def serve(connection: Connection) -> None:
     actions: dict[str, Callable[..., Any]] = {"save": saver.save, "restart": saver.restart}
     while True:
         try:
-            request, arguments = connection.recv()
+            request, packed = connection.recv()
         except (EOFError, ConnectionError):
             break
         answer: tuple[Any, Exception | None, str]
         try:
-            answer = (actions[request](*arguments), None, "")
+            answer = (actions[request](*packed.unpack()), None, "")
         except Exception as error:
             answer = (None, _portable(error), "".join(traceback.format_exception(error)))
         connection.send(answer)
-        del request, arguments, answer  # the parent's tensors and files go when a save is done
+        del request, packed, answer  # the parent's tensors and files go when a save is done
     saver.close()
 
 

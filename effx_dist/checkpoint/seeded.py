@@ -24,8 +24,8 @@ from effx_dist.checkpoint.manifest import (
     TensorRecord,
     manifest_checksum,
     manifest_to_bytes,
-    write_manifest,
 )
+from effx_dist.checkpoint.manifest_checks import write_manifest
 from effx_dist.checkpoint.reader import ChainReader
 from effx_dist.checkpoint.saver import Loaded
 from effx_dist.checkpoint.storage import Location

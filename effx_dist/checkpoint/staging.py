@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from effx_dist.checkpoint.arena import rounded, shared_bytes, view_at
 from effx_dist.checkpoint.fragment import Fragment
 from effx_dist.checkpoint.tree import Leaf
 from effx_dist.shard import Box
 
-Key = tuple[str, tuple[int, ...]]
+Part = tuple[str, Box, torch.Tensor]
+"""Name of a tensor, one box of it, and the live values."""
 
 
 SHARED_MEMORY = "/dev/shm"
@@ -21,43 +23,57 @@ SHARED_MEMORY = "/dev/shm"
 class Staging:
     """Copies fragments so that later training steps cannot change what is being saved.
 
-    Buffers are pinned where the source is on an accelerator, and shared between processes where
-    ``shared``.
+    Buffers are pinned where the source is on an accelerator; where ``shared``, they lie in one piece of
+    memory that a saving process maps, whatever the number of tensors.
     """
 
     def __init__(self, shared: bool = False) -> None:
         self._shared = shared
-        self._buffers: dict[Key, torch.Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._memory: torch.Tensor | None = None
 
     def copy(self, leaves: Mapping[str, Leaf]) -> dict[str, Fragment]:
         """Fragments of all leaves in host memory. Waits for the copies. No communication is
         performed."""
-        staged = {}
-        devices = set()
-        for name, leaf in leaves.items():
-            live = Fragment.of(name, leaf)
-            parts = []
-            for box, part in live.own_parts:
-                buffer = self._buffer((name, box.offsets), box, part)
-                buffer.copy_(part, non_blocking=buffer.is_pinned())
-                devices.add(part.device)
-                parts.append((box, buffer))
-            staged[name] = Fragment(live.shape, live.dtype, parts)
-        for device in devices:
+        live = {name: Fragment.of(name, leaf) for name, leaf in leaves.items()}
+        parts = [(name, box, part) for name, found in live.items() for box, part in found.own_parts]
+        buffers = self._shared_buffers(parts) if self._shared else self._own_buffers(parts)
+        staged = {name: Fragment(found.shape, found.dtype, []) for name, found in live.items()}
+        for (name, box, part), buffer in zip(parts, buffers, strict=True):
+            buffer.copy_(part, non_blocking=buffer.is_pinned())
+            staged[name].parts.append((box, buffer))
+        for device in {part.device for _, _, part in parts}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         return staged
 
-    def _buffer(self, key: Key, box: Box, part: torch.Tensor) -> torch.Tensor:
-        found = self._buffers.get(key)
-        if found is not None and tuple(found.shape) == box.sizes and found.dtype == part.dtype:
-            return found
-        if self._shared:
-            _check_room(part.numel() * part.element_size())
-        pinned = part.device.type == "cuda" and not self._shared
-        made = torch.empty(box.sizes, dtype=part.dtype, pin_memory=pinned)
-        self._buffers[key] = made.share_memory_() if self._shared else made
-        return self._buffers[key]
+    def clear(self) -> None:
+        """Let go of all buffers."""
+        self._buffers.clear()
+        self._memory = None
+
+    def _own_buffers(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        before, self._buffers = self._buffers, {}
+        for name, box, part in parts:
+            key = (name, box.offsets)
+            found = before.get(key)
+            if found is None or tuple(found.shape) != box.sizes or found.dtype != part.dtype:
+                pinned = part.device.type == "cuda"
+                found = torch.empty(box.sizes, dtype=part.dtype, pin_memory=pinned)
+            self._buffers[key] = found
+        return list(self._buffers.values())
+
+    def _shared_buffers(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        specs, end = [], 0
+        for _, box, part in parts:
+            specs.append((end, box.sizes, part.dtype))
+            end += rounded(box.numel * part.element_size())
+        if self._memory is None or self._memory.numel() < end:
+            self._memory = None  # given back before more is taken
+            _check_room(end)
+            self._memory = shared_bytes(end)
+        memory = self._memory
+        return [view_at(memory, spec) for spec in specs]
 
 
 def _check_room(num_bytes: int) -> None:
@@ -69,6 +85,6 @@ def _check_room(num_bytes: int) -> None:
     if num_bytes > free:
         raise OSError(
             errno.ENOSPC,
-            f"{SHARED_MEMORY}: {free} bytes are free of {num_bytes} that one more tensor needs; enlarge it "
+            f"{SHARED_MEMORY}: {free} bytes are free of {num_bytes} that a save's copy needs; enlarge it "
             '(docker run --shm-size), or set effx.excp.async_mode = "thread"',
         )

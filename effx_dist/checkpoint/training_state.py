@@ -7,17 +7,21 @@ Names, the same under every engine and world size: ``model.<parameter>``,
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+from torch.distributed.tensor import DTensor
 
+from effx_dist.checkpoint.bounds import empty_for
 from effx_dist.checkpoint.fragment import Fragment
-from effx_dist.checkpoint.joints import TensorFacts
+from effx_dist.checkpoint.joints import TensorFacts, is_spread
 from effx_dist.checkpoint.live import LiveState
-from effx_dist.checkpoint.manifest import Manifest, TensorRecord, short
+from effx_dist.checkpoint.manifest import Manifest, short
 from effx_dist.checkpoint.matching import (
     MODEL,
     OPTIMIZER,
@@ -27,7 +31,14 @@ from effx_dist.checkpoint.matching import (
     match,
 )
 from effx_dist.checkpoint.random_state import random_state
-from effx_dist.checkpoint.tree import Leaf, leaf_paths, tree_from_json, tree_to_json
+from effx_dist.checkpoint.rank_values import PerRank, own_state, per_rank_path
+from effx_dist.checkpoint.tree import (
+    PER_RANK,
+    Leaf,
+    leaf_paths,
+    read_tree,
+    tree_to_json,
+)
 from effx_dist.errors import CorruptCheckpointError, LayoutMismatchError
 from effx_dist.shard import LocalRows
 
@@ -65,13 +76,50 @@ def collect(
         leaves |= tensors
         values["group_parameters"] = optimizer.group_parameters
         values["param_groups"] = tree_to_json(optimizer.group_options, "param_groups", leaves)
-    states = {name: obj.state_dict() for name, obj in stateful.items()}
-    values["stateful"] = tree_to_json(states, "stateful", leaves)
+    values["stateful"] = {
+        name: _stateful_tree(name, obj, rank, leaves) for name, obj in stateful.items()
+    }
     values["extra"] = tree_to_json(extra, "extra", leaves)
     if live.has_random_state:
         generators = random_state() | live.random_states()
         leaves |= {f"rng.{rank}.{name}": tensor for name, tensor in generators.items()}
     return TrainingState(leaves, aliases, values)
+
+
+def saver_of(name: str, facts: TensorFacts, num_ranks: int) -> int:
+    """Which of the ranks that all hold a tensor saves it.
+
+    By the parameter's name alone, so that its moments go with it, and the rank that has the reference
+    of it writes it again next time. Buffers are the first rank's, as DDP hands them round: those of one
+    layer must not come from several ranks.
+    """
+    if not is_spread(facts):
+        return 0
+    kind, _, rest = name.partition(".")
+    parameter = rest.rpartition(".")[0] if kind == OPTIMIZER else rest
+    return zlib.crc32(parameter.encode()) % num_ranks
+
+
+def shared_out(leaves: Mapping[str, Leaf], rank: int, num_ranks: int) -> dict[str, Leaf]:
+    """The tensors of a state that every rank holds whole, each left to one rank: a rank copies and
+    writes its own alone. Others than the model's and the optimizer's stay as they are."""
+    found: dict[str, Leaf] = {}
+    for name, leaf in leaves.items():
+        found[name] = leaf
+        if not name.startswith((f"{MODEL}.", f"{OPTIMIZER}.")):
+            continue
+        whole = Fragment.of(name, leaf)
+        if saver_of(name, whole.facts, num_ranks) != rank:
+            found[name] = Fragment(whole.shape, whole.dtype, whole.parts, is_replica=True)
+    return found
+
+
+def _stateful_tree(name: str, obj: Stateful, rank: int, leaves: dict[str, Leaf]) -> Any:
+    path = f"stateful.{name}"
+    if not isinstance(obj, PerRank):
+        return tree_to_json(obj.state_dict(), path, leaves)
+    own = tree_to_json(obj.state_dict(), per_rank_path(path, rank), leaves)
+    return {PER_RANK: {str(rank): own}}
 
 
 def _model_leaves(live: LiveState) -> tuple[dict[str, Leaf], dict[str, str], dict[str, Any]]:
@@ -231,53 +279,60 @@ def run_values(manifest: Manifest) -> RunValues:
     return values
 
 
-def read_tree(value: Any, leaves: Mapping[str, Leaf], what: str) -> Any:
-    """A tree of the manifest with its tensors. Raises CorruptCheckpointError for one that is none."""
-    try:
-        return tree_from_json(value, leaves.__getitem__)
-    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        reason = short(f"{type(error).__name__}: {error}")
-        raise CorruptCheckpointError(f"the manifest's {what} cannot be read: {reason}") from None
+def own_states(
+    manifest: Manifest, stateful: Mapping[str, Stateful], rank: int, size: int
+) -> dict[str, Any]:
+    """The saved trees of the objects that are handed over, as this rank takes them. Raises
+    LayoutMismatchError as :func:`effx_dist.checkpoint.rank_values.own_state` does."""
+    saved = run_values(manifest).stateful
+    found = {
+        name: own_state(name, saved[name], obj, rank, size)
+        for name, obj in stateful.items()
+        if name in saved
+    }
+    return {name: tree for name, tree in found.items() if tree is not None}
 
 
-def extra_leaves(manifest: Manifest, stateful: Mapping[str, Stateful]) -> dict[str, Leaf]:
-    """Empty tensors for what ``stateful`` and ``extra`` hold; rows in the layout that the live
-    objects ask for now.
+def extra_leaves(
+    manifest: Manifest, stateful: Mapping[str, Stateful], states: Mapping[str, Any]
+) -> dict[str, Leaf]:
+    """What the tensors of ``states`` (of :func:`own_states`) and of ``extra`` are read into: empty
+    ones; rows in the layout that the live objects ask for now; live DTensors themselves.
 
-    ``state_dict()`` of objects with rows is called for their layout, and may communicate.
+    ``state_dict()`` of objects with rows or DTensors is called for their layout, and may communicate.
     """
     values = run_values(manifest)
-    asked = {name: state for name, state in values.stateful.items() if name in stateful}
-    paths = leaf_paths(values.model_copy(update={"stateful": asked}).model_dump())
+    paths = leaf_paths(values.model_copy(update={"stateful": dict(states)}).model_dump())
     wanted: dict[str, Leaf] = {}
-    row_paths = {path for path, tag in paths.items() if tag == "$rows"}
     for name, obj in stateful.items():
-        if any(path.startswith(f"stateful.{name}.") for path in row_paths):
+        own = {tag for path, tag in paths.items() if path.startswith(f"stateful.{name}.")}
+        if own & {"$rows", "$sharded"} or (own and isinstance(obj, nn.Module)):
             tree_to_json({name: obj.state_dict()}, "stateful", wanted)
-    leaves: dict[str, Leaf] = {}
-    for path in paths:
-        record = manifest.tensors.get(path)
-        if record is None:
-            raise CorruptCheckpointError(
-                f"{short(str(path))}: the manifest refers to a tensor that it does not hold"
-            )
-        rows = wanted.get(path)
-        if isinstance(rows, LocalRows):
-            local = torch.empty_like(rows.local)
-            leaves[path] = LocalRows(local, rows.start, rows.global_rows)
-        else:
-            leaves[path] = empty_for(path, record)
-    return leaves
+    return {path: _target(path, tag, manifest, wanted.get(path)) for path, tag in paths.items()}
 
 
-def empty_for(name: str, record: TensorRecord) -> torch.Tensor:
-    """Host memory for a whole tensor that a manifest describes."""
-    try:
-        return torch.empty(record.shape, dtype=record.torch_dtype)
-    except RuntimeError as error:
+def _target(path: str, tag: str, manifest: Manifest, live: Leaf | None) -> Leaf:
+    """What one tensor of a state is read into."""
+    record = manifest.tensors.get(path)
+    if record is None:
         raise CorruptCheckpointError(
-            f"{name}: no memory for a tensor of shape {record.shape}: {short(str(error))}"
-        ) from None
+            f"{short(str(path))}: the manifest refers to a tensor that it does not hold"
+        )
+    if isinstance(live, LocalRows):
+        return LocalRows(torch.empty_like(live.local), live.start, live.global_rows)
+    if isinstance(live, DTensor):
+        here, there = (tuple(live.shape), live.dtype), (tuple(record.shape), record.torch_dtype)
+        if here != there:
+            raise LayoutMismatchError(
+                f"{path}: {there[0]} {there[1]} in the checkpoint, {here[0]} {here[1]} here"
+            )
+        return live
+    if tag == "$sharded" and live is None:
+        raise LayoutMismatchError(
+            f"{path}: was saved from a DTensor, and the object's state has none there to fill; make its "
+            "state first (an optimizer: by a step), or hand it over as model and optimizer"
+        )
+    return empty_for(path, record)
 
 
 def chained_references(

@@ -1,24 +1,35 @@
 """Nested values as JSON, with the tensors taken out and named; and the way back.
 
-A manifest holds only what JSON can say. Tuples, non-finite floats and dictionaries whose keys are
-not strings are tagged, so that they come back as they went in; anything else is refused by its
-path.
+A manifest holds only what JSON can say. Tuples, bytes, namespaces, non-finite floats and dictionaries
+whose keys are not strings are tagged, so that they come back as they went in; anything else is refused
+by its path. Bytes are handed back as bytes: nothing here looks into them.
 """
 
 from __future__ import annotations
 
+import argparse
+import base64
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from effx_dist.checkpoint.fragment import Fragment
+from effx_dist.checkpoint.manifest import short
 from effx_dist.checkpoint.values import OPAQUE
+from effx_dist.errors import CorruptCheckpointError
 from effx_dist.shard import LocalRows
 
-TAGS = frozenset({"$tensor", "$rows", "$tuple", "$float", "$items", OPAQUE})
+PER_RANK = "$per_rank"
+"""Marks one tree for each rank, by its number: what only a rank that asks for it takes."""
+TAGS = frozenset(
+    {"$tensor", "$sharded", "$rows", "$tuple", "$float", "$items", "$bytes", "$namespace"}
+    | {PER_RANK, OPAQUE}
+)
+LEAF_TAGS = frozenset({"$tensor", "$sharded", "$rows"})
 Leaf = torch.Tensor | LocalRows | Fragment
 """A tensor of a state as it lies in memory. Trees hold no fragments."""
 
@@ -33,13 +44,17 @@ def tree_to_json(value: Any, path: str, tensors: dict[str, Leaf]) -> Any:
             if path in tensors:
                 raise TypeError(f"{path}: two tensors have this path; rename one of the keys")
             tensors[path] = value
-            return {"$rows" if isinstance(value, LocalRows) else "$tensor": path}
+            return {_leaf_tag(value): path}
         case None | bool() | int() | str():
             return value
         case np.bool_() | np.integer():
             return value.item()
         case float() | np.floating():
             return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+        case bytes():
+            return {"$bytes": base64.b64encode(value).decode()}
+        case argparse.Namespace():
+            return {"$namespace": tree_to_json(vars(value), path, tensors)}
         case list():
             return [tree_to_json(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]
         case tuple():
@@ -48,8 +63,15 @@ def tree_to_json(value: Any, path: str, tensors: dict[str, Leaf]) -> Any:
             return _mapping_to_json(value, path, tensors)
     raise TypeError(
         f"{path}: a {type(value).__name__} cannot be kept in a checkpoint; "
-        "use tensors, numbers, strings, None, lists, tuples and dictionaries of these"
+        "use tensors, numbers, strings, bytes, None, lists, tuples and dictionaries of these"
     )
+
+
+def _leaf_tag(value: Leaf) -> str:
+    """``$sharded`` says that a load has to look for a live tensor of the same kind."""
+    if isinstance(value, LocalRows):
+        return "$rows"
+    return "$sharded" if isinstance(value, DTensor) else "$tensor"
 
 
 def _mapping_to_json(value: Mapping[Any, Any], path: str, tensors: dict[str, Leaf]) -> Any:
@@ -83,8 +105,14 @@ def tree_from_json(value: Any, leaf: Callable[[str], Leaf]) -> Any:
 
 def _untag(tag: str, content: Any, leaf: Callable[[str], Leaf]) -> Any:
     match tag:
-        case "$tensor" | "$rows":
+        case "$tensor" | "$sharded" | "$rows":
             return leaf(content)
+        case "$bytes":
+            return base64.b64decode(content, validate=True)
+        case "$namespace":
+            return argparse.Namespace(**tree_from_json(content, leaf))
+        case "$per_rank":
+            return {int(rank): tree_from_json(state, leaf) for rank, state in content.items()}
         case "$tuple":
             return tuple(tree_from_json(content, leaf))
         case "$float":
@@ -93,6 +121,15 @@ def _untag(tag: str, content: Any, leaf: Callable[[str], Leaf]) -> Any:
             raise TypeError("opaque bytes are no value; the planner that wrote them can read them")
         case _:
             return {tree_from_json(key, leaf): tree_from_json(v, leaf) for key, v in content}
+
+
+def read_tree(value: Any, leaves: Mapping[str, Leaf], what: str) -> Any:
+    """A tree of the manifest with its tensors. Raises CorruptCheckpointError for one that is none."""
+    try:
+        return tree_from_json(value, leaves.__getitem__)
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        reason = short(f"{type(error).__name__}: {error}")
+        raise CorruptCheckpointError(f"the manifest's {what} cannot be read: {reason}") from None
 
 
 def leaf_paths(value: Any) -> dict[str, str]:
@@ -105,7 +142,7 @@ def leaf_paths(value: Any) -> dict[str, str]:
                 visit(child)
         elif isinstance(node, dict):
             for key, child in node.items():
-                if key in ("$tensor", "$rows") and len(node) == 1:
+                if key in LEAF_TAGS and len(node) == 1:
                     found[child] = key
                 else:
                     visit(child)

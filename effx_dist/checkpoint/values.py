@@ -52,21 +52,14 @@ def is_opaque(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {OPAQUE}
 
 
-def payload_of(name: str, value: Any, allow_opaque_bytes: bool, reads_json: bool) -> bytes:
-    """The way back: what the planner that loads gets for an entry of a manifest.
+def payload_of(name: str, value: Any, allow_opaque_bytes: bool) -> bytes:
+    """The way back: what a planner that reads JSON gets for an entry of a manifest, and any planner for
+    opaque bytes.
 
-    Args:
-        reads_json: whether that planner reads JSON; the stock one unpickles.
-
-    Raises TypeError for opaque bytes unless ``allow_opaque_bytes``, and for JSON that the planner
-    would unpickle; CorruptCheckpointError for opaque bytes that are none.
+    Raises TypeError for opaque bytes unless ``allow_opaque_bytes``; CorruptCheckpointError for opaque
+    bytes that are none.
     """
     if not is_opaque(value):
-        if not reads_json:
-            raise TypeError(
-                f"{name}: is stored as JSON, and the stock planner unpickles; "
-                "pass planner=effx_dist.checkpoint.ExcpLoadPlanner()"
-            )
         return json.dumps(value).encode()
     if not allow_opaque_bytes:
         raise TypeError(

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from effx_dist.checkpoint.blockfile import RankFiles
+from effx_dist.checkpoint.blockfile import BlockReader, RankFiles
 from effx_dist.checkpoint.chain import Chain, Key
 from effx_dist.checkpoint.chunks import ChunkEncoder, JointParts
 from effx_dist.checkpoint.commit import (
@@ -35,24 +36,31 @@ from effx_dist.checkpoint.folder import (
     claim_step_folder,
     step_of,
 )
+from effx_dist.checkpoint.fragment import checked_dtype
 from effx_dist.checkpoint.joints import TensorFacts, is_chained, is_moment
 from effx_dist.checkpoint.manifest import (
     ChunkRecord,
     Delta,
+    FileRecord,
     Manifest,
     ParentRecord,
     manifest_checksum,
     sha256_line,
     stated_checksum,
+)
+from effx_dist.checkpoint.manifest_checks import (
+    check_chunk,
+    refused_by_readers,
     write_manifest,
 )
+from effx_dist.checkpoint.old_torch import SafeStaging
 from effx_dist.checkpoint.quantisers import Measured, measure
 from effx_dist.checkpoint.storage import Location, location
 from effx_dist.checkpoint.tags import point_to
 from effx_dist.checkpoint.values import parse_value
 from effx_dist.config import ExcpConfig
 from effx_dist.core.excp import PROFILES
-from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
+from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from effx_dist.shard import Box, Group, SoloGroup, as_group, separate_group
 
 logger = logging.getLogger(__name__)
@@ -60,7 +68,7 @@ logger = logging.getLogger(__name__)
 Parts = dict[Key, tuple[Box, torch.Tensor]]
 
 
-class ExcpWriter(StorageWriter):
+class ExcpWriter(SafeStaging, StorageWriter):
     """Writes one checkpoint per save: a base (everything losslessly) or a link (differences to the
     last one).
 
@@ -120,6 +128,9 @@ class ExcpWriter(StorageWriter):
             claim_step_folder(self.path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        for item in plan.items:
+            if item.tensor_data is not None:
+                checked_dtype(item.index.fqn, item.tensor_data.properties.dtype)
         unreferenced = frozenset(
             (item.index.fqn, _box(item).offsets)
             for item in plan.items
@@ -140,6 +151,7 @@ class ExcpWriter(StorageWriter):
         """Encode and write this rank's items, durably. Statistics are merged over the group
         (collective)."""
         decision = self._decision = plan.storage_data
+        _refuse_stock_caching(planner)
         group = as_group(self._group) if self._merges(decision) else SoloGroup()
         parts, results = group.everywhere(  # a rank whose planner fails must not be waited for
             lambda: self._resolve(plan.items, planner, decision), keep_own_error=True
@@ -152,11 +164,31 @@ class ExcpWriter(StorageWriter):
             encoder = ChunkEncoder(files, self.config.encoder_threads)
             for key, chunk in self._encode(encoder, decision, parts, joint_parts, reconstruction):
                 results.append(_result(key, decision.rank, chunk))
+        self._check_written(decision, results, files.records())
         results.append(_result(("", ()), decision.rank, files.records()))
         self.chain.begin(decision.id, reconstruction)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+    def _check_written(
+        self, decision: Decision, results: list[WriteResult], files: dict[int, FileRecord]
+    ) -> None:
+        """What a reader checks of this rank's chunks and files. Raises UnreadableSaveError."""
+        staging, records = self._staging(decision), [files[key] for key in sorted(files)]
+        index_of = {key: index for index, key in enumerate(sorted(files))}
+        with refused_by_readers(staging):
+            for record in records:
+                with closing(BlockReader(staging, record)) as file:
+                    file.open()
+            for result in results:
+                content = result.storage_data.content
+                if isinstance(content, ChunkRecord):
+                    name = result.index.fqn
+                    dtype = str(decision.facts[name].dtype).removeprefix("torch.")
+                    coding = decision.coding_of(name, self._measured)
+                    chunk = content.model_copy(update={"file": index_of.get(content.file, 0)})
+                    check_chunk(f"tensor {name!r}", dtype, coding, chunk, records)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: the manifest, the folder by rename, then ``latest``. Called on the coordinator
@@ -164,7 +196,13 @@ class ExcpWriter(StorageWriter):
         assert self._decision is not None
         facts = self._facts or SaveFacts(step=step_of(self.path.name) or 0)
         self.manifest, content = build_manifest(
-            self._decision, self._measured, results, self.chain, self.config, facts
+            self._decision,
+            self._measured,
+            results,
+            self.chain,
+            self.config,
+            facts,
+            metadata.planner_data,
         )
         staging = self._staging(self._decision)
         if self.config.manifest_sha256:
@@ -242,7 +280,7 @@ class ExcpWriter(StorageWriter):
                 results.append(_result((item.index.fqn, ()), decision.rank, value))
             elif (box := _box(item)).numel:
                 assert isinstance(data, torch.Tensor)
-                parts[item.index.fqn, box.offsets] = (box, data.detach().cpu().contiguous())
+                parts[item.index.fqn, box.offsets] = (box, _plain(data))
         return parts, results
 
     def _joint_parts(self, decision: Decision, parts: Parts) -> dict[str, list[JointParts]]:
@@ -317,6 +355,20 @@ class ExcpWriter(StorageWriter):
         """The tensor itself where the writer owns it, else a copy: the caller's tensors are never
         written to."""
         return part if self._owns_tensors else part.clone()
+
+
+def _refuse_stock_caching(planner: SavePlanner) -> None:
+    """From the second save on torch's planner would hand over the first one's decision again."""
+    if getattr(planner, "_enable_plan_caching", False):
+        raise ConfigError(
+            f"{type(planner).__name__}(enable_plan_caching=True) does not tell a writer what was decided for "
+            "a save; pass planner=effx_dist.checkpoint.ExcpSavePlanner(enable_plan_caching=True), or leave it off"
+        )
+
+
+def _plain(data: torch.Tensor) -> torch.Tensor:
+    """The values in contiguous host memory, also of a view that is conjugated or negated lazily."""
+    return data.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def _box(item: WriteItem) -> Box:

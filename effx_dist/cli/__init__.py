@@ -47,7 +47,18 @@ def _root(
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
+    max_decoded_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Refuse checkpoints whose tensors are declared to be larger than this together (64 TiB).",
+        ),
+    ] = None,
     mpi_size: Annotated[int, typer.Option(hidden=True, envvar=MPI_SIZE)] = 1,
     mpi_rank: Annotated[int, typer.Option(hidden=True, envvar=MPI_RANK)] = 0,
 ) -> None:
     """Look into effx_dist checkpoints and runs."""
+    if max_decoded_bytes is not None:
+        from effx_dist.checkpoint import set_max_decoded_bytes
+
+        set_max_decoded_bytes(max_decoded_bytes)

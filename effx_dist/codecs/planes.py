@@ -14,7 +14,14 @@ import numpy.typing as npt
 from numcodecs.abc import Codec
 from numcodecs.compat import ensure_bytes, ensure_contiguous_ndarray, ndarray_copy
 
-from effx_dist.codecs.streams import U8, Reader, decode_stream, encode_plane, write_varint
+from effx_dist.codecs.streams import (
+    U8,
+    Reader,
+    check_stream,
+    decode_stream,
+    encode_plane,
+    write_varint,
+)
 from effx_dist.codecs.zstd import zstd_content_bytes, zstd_decode
 from effx_dist.native import excp as native
 
@@ -73,6 +80,16 @@ class BytePlanes(Codec):  # type: ignore[misc]  # numcodecs is untyped
         planes = [decode_stream(reader, length) for _ in range(self.itemsize)]
         reader.finish()
         return self._merge(planes)
+
+    def check(self, data: bytes, expected_bytes: int) -> None:
+        """Whether a payload of encode says of itself that it holds expected_bytes; else ValueError.
+        Looks at the heads of its streams alone."""
+        reader = Reader(data)
+        if (stated := _stated_bytes(reader)) != expected_bytes:
+            raise ValueError(f"planes: the payload holds {stated} bytes, must be {expected_bytes}")
+        for _ in range(self.itemsize):
+            check_stream(reader, expected_bytes // self.itemsize)
+        reader.finish()
 
     def _split(self, flat: U8) -> U8:
         """Planes [itemsize, values] of the values' bytes."""

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from effx_dist.codecs.zstd import LITERALS, zstd_decode, zstd_encode
+from effx_dist.codecs.zstd import LITERALS, zstd_content_bytes, zstd_decode, zstd_encode
 
 U8 = npt.NDArray[np.uint8]
 
@@ -122,6 +122,18 @@ def _sample(data: U8, num_bytes: int) -> U8:
 
 def _stream(tag: int, body: bytes | memoryview) -> bytes:
     return b"".join([bytes([tag]), write_varint(len(body)), body])
+
+
+def check_stream(reader: Reader, expected_bytes: int) -> None:
+    """Whether the next stream says of itself that it holds expected_bytes; else ValueError. Nothing is
+    decoded."""
+    tag = reader.byte()
+    body = reader.take(reader.varint())
+    stated = {RAW: len(body), HUFFMAN: expected_bytes, REPEAT: expected_bytes}.get(tag)
+    if tag == ZSTD:
+        stated = zstd_content_bytes(body)
+    if stated != expected_bytes or (tag == REPEAT and len(body) != 1):
+        raise ValueError(f"stream: tag {tag} of {len(body)} bytes, must hold {expected_bytes}")
 
 
 def decode_stream(reader: Reader, expected_bytes: int) -> U8:

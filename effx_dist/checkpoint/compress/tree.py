@@ -3,7 +3,7 @@ the model, which the optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from effx_dist.checkpoint.compress.content import (
@@ -20,6 +20,7 @@ from effx_dist.checkpoint.live import group_options, plain_name
 from effx_dist.errors import ConfigError
 
 MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
+DDP_PREFIX = "module."
 OPTIMIZER_KEYS = ("optimizer", "optim", "optimizer_state_dict")
 
 Tree = Mapping[Any, Any]
@@ -81,7 +82,7 @@ def optimizer_of(
     groups, state = list(state_dict["param_groups"]), state_dict["state"]
     members = names_of_groups(groups, state, content.model, names, where)
     name_of = {
-        number: plain_name(name)
+        number: _own_name(name, content.model)
         for group, of_group in zip(groups, members, strict=True)
         for number, name in zip(group["params"], of_group, strict=True)
     }
@@ -91,7 +92,7 @@ def optimizer_of(
             f"{where}: the optimizer has a state of {lost[:8]}, in none of its groups"
         )
     by_name = {name_of[number]: dict(entries) for number, entries in state.items()}
-    plain = [[plain_name(name) for name in group] for group in members]
+    plain = [[_own_name(name, content.model) for name in group] for group in members]
     return PlainOptimizer(by_name, plain, group_options(groups))
 
 
@@ -111,16 +112,31 @@ def _one_of(keys: tuple[str, ...], tree: Tree, where: object) -> str | None:
     return found[0] if found else None
 
 
+def _wrapper_of(names: Iterable[Any]) -> str:
+    """What DDP or DataParallel put before every name, where their state dict was saved."""
+    return DDP_PREFIX if all(str(name).startswith(DDP_PREFIX) for name in names) else ""
+
+
+def _own_name(name: str, model: Mapping[str, Any]) -> str:
+    """A parameter's name as the model has it, of an optimizer that may have it with DDP's prefix."""
+    plain = plain_name(name)
+    bare = plain.removeprefix(DDP_PREFIX)
+    return bare if plain not in model and bare in model else plain
+
+
 def _with_model(
     state: Mapping[str, Any], prefix: str, tied: Mapping[str, str], where: object
 ) -> PlainContent:
-    named = {plain_name(str(name)): value for name, value in state.items()}
+    wrapper = _wrapper_of(state)
+    named = {plain_name(str(n).removeprefix(wrapper)): value for n, value in state.items()}
     if len(named) < len(state):
         raise ConfigError(
             f"{where}: two tensors of the model have one name without their wrappers'"
         )
     inside = {
-        plain_name(other.removeprefix(prefix)): plain_name(first.removeprefix(prefix))
+        plain_name(other.removeprefix(prefix + wrapper)): plain_name(
+            first.removeprefix(prefix + wrapper)
+        )
         for other, first in tied.items()
         if other.startswith(prefix) and first.startswith(prefix)
     }

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from effx_dist.checkpoint.bounds import check_declared
 from effx_dist.checkpoint.manifest import TensorRecord
 from effx_dist.checkpoint.matching import MODEL, OPTIMIZER
 from effx_dist.checkpoint.pieces import OnProgress, read_whole
 from effx_dist.checkpoint.reader import ChainReader
-from effx_dist.checkpoint.training_state import RunValues, read_tree, run_values
+from effx_dist.checkpoint.training_state import RunValues, run_values
+from effx_dist.checkpoint.tree import read_tree
 from effx_dist.errors import ConfigError
 from effx_dist.shard import Box
 
@@ -20,10 +22,12 @@ from effx_dist.shard import Box
 class Content:
     """One checkpoint of a Checkpointer. No communication is performed.
 
-    Raises ConfigError where it holds no model.
+    Raises ConfigError where it holds no model, CorruptCheckpointError where it declares more than the
+    bound of tools.
     """
 
     def __init__(self, chain: ChainReader, on_progress: OnProgress | None = None) -> None:
+        check_declared(chain.top.declared_bytes, chain.top.folder)
         self.chain = chain
         self.manifest = chain.top.manifest
         self._on_progress = on_progress

@@ -69,7 +69,7 @@ class ZeroState(LiveState):
         return found | {name: value for name, value in others.items() if name not in known}
 
     def tied_names(self) -> dict[str, str]:
-        return tied_names(self._engine.module)
+        return tied_names(self._engine.module, lambda _, raw: plain_name(raw))
 
     def take_model_values(self, values: Mapping[str, Any]) -> None:
         self._engine.module.load_state_dict(dict(values), strict=False)
