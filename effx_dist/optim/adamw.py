@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from effx_dist.core.update_rules import AdamW, UpdateRule
-from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.base import CautiousOptimizer, refuse_options
 from effx_dist.optim.kernels import Implementation
 from effx_dist.optim.layout import ShardMapSource
 
@@ -54,6 +54,8 @@ class CautiousAdamW(CautiousOptimizer):
             torch operations elsewhere and where Triton or a C++ compiler is missing.
         shard_map: where this rank's pieces lie. None draws it from the parameters at the first
             step, and again when the groups change.
+        foreach, fused: accepted as callers of torch.optim.AdamW pass them; they choose nothing here.
+        amsgrad, differentiable, decoupled_weight_decay: accepted where they say what is done here.
 
     Raises:
         ConfigError: a setting is out of its range, or a parameter is not of a floating dtype.
@@ -66,12 +68,25 @@ class CautiousAdamW(CautiousOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
         cautious_weight_decay: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         implementation: Implementation = "auto",
         shard_map: ShardMapSource | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
     ) -> None:
+        refuse_options(
+            foreach=foreach,
+            fused=fused,
+            amsgrad=amsgrad,
+            differentiable=differentiable,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -22,6 +22,39 @@ from effx_dist.optim.plan import StepPlan, members_by_group, plan_step
 from effx_dist.optim.state import settle_state
 
 
+def untraced(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's hook around ``step``, which torch.compile leaves as it is: the step is kernels already, and
+    a graph of it would break at every one."""
+    hooked: Callable[..., Any] = torch.compiler.disable(Optimizer.profile_hook_step(step))
+    return hooked
+
+
+def refuse_options(**options: Any) -> None:
+    """Options of torch.optim that change nothing here are taken; ConfigError names one that would.
+
+    ``foreach`` and ``fused`` choose among torch's kernels for the same step, and have no meaning here.
+    """
+    for name in ("foreach", "fused"):
+        value = options.pop(name, None)
+        if value not in (None, True, False):
+            raise ConfigError(f"{name}={value!r}: must be True, False or None; it is not used here")
+    for name, value in options.items():
+        if value != NEEDED_OPTIONS[name]:
+            raise ConfigError(
+                f"{name}={value!r}: must be {NEEDED_OPTIONS[name]}; there is no cautious form of the other, and "
+                "going on without it would be another optimiser"
+            )
+
+
+NEEDED_OPTIONS = {
+    "amsgrad": False,
+    "differentiable": False,
+    "decoupled_weight_decay": True,
+    "dampening": 0,
+}
+"""Options of torch's optimisers of the same names, and the one value of each that is done here."""
+
+
 class CautiousOptimizer(Optimizer):
     """Base of the cautious optimisers: a subclass gives the update rule, this class the step.
 
@@ -141,7 +174,9 @@ class CautiousOptimizer(Optimizer):
             ConfigError: ``implementation`` is not for the device of a parameter.
             LayoutMismatchError: a gradient is sparse, complex or laid out unlike its parameter, or
                 how a parameter is cut cannot be told, as where an engine has put flat partitions in the
-                place of those given here. On this rank nothing was changed then.
+                place of those given here; on all ranks, where a DTensor has a gradient on some of its
+                ranks only. On this rank nothing was changed then (on an accelerator, where a step does
+                not wait for the counts, the last is found out two steps later).
         """
         loss = None
         if closure is not None:
@@ -184,6 +219,7 @@ class CautiousOptimizer(Optimizer):
         return unscaling * clipping_factor(norm.to(unscaling) * unscaling, max_norm)
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        refuse_options(**{name: group[name] for name in NEEDED_OPTIONS if name in group})
         for name in ("lr", "weight_decay", "eps"):
             if name in group and not float(group[name]) >= 0:
                 raise ConfigError(f"{name}={group[name]}: must be at least 0")
@@ -220,6 +256,8 @@ class CautiousOptimizer(Optimizer):
                     "going on without it would be another optimiser"
                 )
 
+    profile_hook_step = staticmethod(untraced)  # type: ignore[assignment]
+
     def __getstate__(self) -> dict[str, Any]:
         own = {"implementation": self.implementation, "_layouts": self._layouts}
         return super().__getstate__() | own
@@ -240,22 +278,26 @@ def _count(
     """First walks and their all-reduces: the whole counts by slot, and whether to skip."""
 
     def count_into(index: int, counts: torch.Tensor) -> None:
+        bucket = layout.buckets[index]
         for device, walks in plan.walks[index]:
-            with _slots_on(device, counts) as here:
+            # slots of other buckets may be under way to other ranks
+            with _slots_on(device, counts, slice(bucket.start, bucket.stop)) as here:
                 walks.count_into(here)
         if found_inf is not None:
             counts[layout.buckets[index].stop] = found_inf != 0
 
-    counts = count_wholes(layout, count_into, with_flags=found_inf is not None)
+    counts = count_wholes(layout, count_into, plan.idle, with_flags=found_inf is not None)
     if found_inf is None or not layout.buckets:
         return counts, found_inf
     return counts, torch.stack([counts[bucket.stop] for bucket in layout.buckets]).any()
 
 
 @contextmanager
-def _slots_on(device: torch.device, counts: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``counts`` itself, or on another device zeros that are added to it afterwards."""
+def _slots_on(
+    device: torch.device, counts: torch.Tensor, own: slice = slice(None)
+) -> Iterator[torch.Tensor]:
+    """``counts`` itself, or on another device zeros whose ``own`` slots are added to it afterwards."""
     here = counts if device == counts.device else torch.zeros_like(counts, device=device)
     yield here
     if here is not counts:
-        counts += here.to(counts.device)
+        counts[own] += here[own].to(counts.device)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from effx_dist.core.cautious import fraction_from_count
 from effx_dist.errors import LayoutMismatchError
+from effx_dist.optim.missing import MissingGradients
 from effx_dist.shard import Group, Piece, ShardMap, local_of
 
 ShardMapSource = ShardMap | Callable[[Sequence[torch.Tensor]], ShardMap]
@@ -85,6 +86,8 @@ class Layout:
         shard_map: the wholes behind them; one local tensor per parameter.
         labels: what a caller calls each whole: its name, or the index of its unnamed parameter.
         segments: for each parameter, its segments. Elements in none of them are padding.
+        of_tensors: whether each parameter is a whole tensor or a DTensor, so that every rank of its groups
+            holds it, be it an empty part.
         buckets: the wholes by the groups they are spread over, in an order that all ranks share.
         slots: the slot of each whole.
         last_counts: int64 [num slots], agreeing elements of each whole at the last step.
@@ -97,7 +100,9 @@ class Layout:
         shard_map: ShardMap,
         labels: Sequence[str | int],
         segments: Sequence[tuple[Segment, ...]],
+        of_tensors: bool = False,
     ) -> None:
+        self.of_tensors = of_tensors
         self.params = tuple(params)
         self.shard_map = shard_map
         self.labels = tuple(labels)
@@ -105,6 +110,7 @@ class Layout:
         self.last_counts: torch.Tensor | None = None
         self.idle: frozenset[int] = frozenset()
         self.slots, self.buckets = _slots(shard_map)
+        self.missing = MissingGradients(self)
         self._numels: dict[torch.device, torch.Tensor] = {}
 
     @property
@@ -239,7 +245,8 @@ def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None)
             _refuse_hidden_cut(_name(label), param)
         named = [_name(label) for label in labels]
         shard_map = ShardMap.of_tensors(list(zip(named, params, strict=True)))
-        return Layout(params, shard_map, labels, [(Segment(i),) for i in range(len(params))])
+        each = [(Segment(i),) for i in range(len(params))]
+        return Layout(params, shard_map, labels, each, of_tensors=True)
     shard_map = source if isinstance(source, ShardMap) else source(params)
     if len(shard_map.pieces) != len(params):
         raise LayoutMismatchError(

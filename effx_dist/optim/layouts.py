@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -74,7 +74,10 @@ class Layouts:
 
 
 def count_wholes(
-    layout: Layout, count_into: Callable[[int, torch.Tensor], None], with_flags: bool = False
+    layout: Layout,
+    count_into: Callable[[int, torch.Tensor], None],
+    idle: Collection[int] = (),
+    with_flags: bool = False,
 ) -> torch.Tensor:
     """Agreeing elements of the whole parameters by slot: int64 [num slots], on the layout's device.
 
@@ -82,9 +85,13 @@ def count_wholes(
     under way while the next is counted. One all-reduce per bucket that is spread over ranks.
 
     Args:
+        idle: indices of the wholes that have no gradient on this rank. Their number of ranks travels in
+            the upper bits of the counts: LayoutMismatchError on all ranks where it is neither none nor
+            all of those that hold a DTensor.
         with_flags: sum the slots behind the buckets too, which ``count_into`` has set.
     """
     counts = torch.zeros(layout.num_slots, dtype=torch.int64, device=layout.device)
+    layout.missing.mark(counts, idle)
     waits = []
     for index, bucket in enumerate(layout.buckets):
         count_into(index, counts)
@@ -92,6 +99,7 @@ def count_wholes(
         waits.append(start_sum(bucket.groups, counts[bucket.start : stop]))
     for wait in waits:
         wait()
+    layout.missing.settle(counts)
     return counts
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from effx_dist.core.update_rules import Lion, UpdateRule
-from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.base import CautiousOptimizer, refuse_options
 from effx_dist.optim.kernels import Implementation
 from effx_dist.optim.layout import ShardMapSource
 
@@ -39,12 +39,17 @@ class CautiousLion(CautiousOptimizer):
         lr: float | torch.Tensor = 1e-4,
         betas: tuple[float, float] = (0.95, 0.98),
         weight_decay: float = 0.0,
+        *,
         cautious_weight_decay: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         implementation: Implementation = "auto",
         shard_map: ShardMapSource | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
+        refuse_options(foreach=foreach, fused=fused, differentiable=differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from effx_dist.core.update_rules import SGD, NesterovSGD, UpdateRule
 from effx_dist.errors import ConfigError
-from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.base import CautiousOptimizer, refuse_options
 from effx_dist.optim.kernels import Implementation
 from effx_dist.optim.layout import ShardMapSource
 
@@ -45,6 +45,7 @@ class CautiousSGD(CautiousOptimizer):
         params: ParamsT,
         lr: float | torch.Tensor = 1e-3,
         momentum: float = 0.9,
+        *,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         cautious_weight_decay: bool = False,
@@ -52,7 +53,14 @@ class CautiousSGD(CautiousOptimizer):
         capturable: bool = False,
         implementation: Implementation = "auto",
         shard_map: ShardMapSource | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        dampening: float = 0,
+        differentiable: bool = False,
     ) -> None:
+        refuse_options(
+            foreach=foreach, fused=fused, dampening=dampening, differentiable=differentiable
+        )
         defaults = {
             "lr": lr,
             "momentum": momentum,

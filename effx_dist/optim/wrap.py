@@ -11,6 +11,7 @@ import torch
 from torch.optim.optimizer import Optimizer, StateDict
 
 from effx_dist.core.cautious import (
+    cautious_decay_,
     cautious_step_,
     count_agreement,
     decay_,
@@ -19,7 +20,8 @@ from effx_dist.core.cautious import (
 )
 from effx_dist.core.update_rules import Scalar
 from effx_dist.errors import ConfigError
-from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.base import CautiousOptimizer, untraced
+from effx_dist.optim.inner import InnerStep, Moved
 from effx_dist.optim.kernels import working_dtype
 from effx_dist.optim.layout import Layout, Segment, ShardMapSource
 from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
@@ -36,6 +38,7 @@ def cautious(
     optimizer: Optimizer,
     *,
     decoupled_weight_decay: bool | None = None,
+    cautious_weight_decay: bool = False,
     shard_map: ShardMapSource | None = None,
 ) -> CautiousWrapper:
     """Make any torch optimiser cautious (arXiv 2411.16085), at the price of a copy of the parameters.
@@ -55,12 +58,16 @@ def cautious(
             ``decoupled_weight_decay`` says (torch's Adam, AdamW, NAdam and RAdam have it); as is
             known of torch's Adafactor and Muon, which decouple it; not decoupled otherwise. Say True
             for an optimiser from elsewhere that decouples it, as Lion does.
+        cautious_weight_decay: decay only where the update and the parameter do not differ in sign
+            (arXiv 2510.12402), as in CautiousAdamW. For decoupled decay alone. The inner optimiser steps
+            from the parameter before its decay.
         shard_map: as in CautiousAdamW: where this rank's pieces lie, for engines that hand over flat
             local tensors.
 
     Raises:
-        ConfigError: ``optimizer`` is no torch optimiser, is cautious already, is LBFGS, or has a
-            parameter that is not of a floating dtype.
+        ConfigError: ``optimizer`` is no torch optimiser, is cautious already, is LBFGS, has a parameter
+            that is not of a floating dtype, or decays in its gradient where ``cautious_weight_decay``
+            is asked for.
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
@@ -76,7 +83,7 @@ def cautious(
             "optimizer=LBFGS: its step evaluates several gradients, so that there is no one "
             "gradient to agree with; must be an optimiser that takes one gradient a step"
         )
-    return CautiousWrapper(optimizer, decoupled_weight_decay, shard_map)
+    return CautiousWrapper(optimizer, decoupled_weight_decay, shard_map, cautious_weight_decay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +97,16 @@ class _Move:
     decay: Scalar | None
     """Factor of decoupled weight decay."""
     ascends: bool
+    decays_cautiously: bool = False
 
     def update(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a segment, in the dtype of the arithmetic: the decayed parameter in a tensor that may be
-        ``before``, what the inner step subtracted from it, and the gradient to descend.
+        """Of a segment, in the dtype of the arithmetic: the parameter from which the inner step began,
+        in a tensor that may be ``before``; what that subtracted from it; and the gradient to descend.
         """
         old, new, grad = (
             segment.of(whole) for whole in (self.before, self.local, self.member.grad)
         )
-        if self.decay is not None:
+        if self.decay is not None and not self.decays_cautiously:
             old = old * self.decay  # the operation that decayed the parameter: the same bits
         dtype = working_dtype(new)
         old, grad = old.to(dtype), grad.to(dtype)
@@ -153,20 +161,24 @@ class CautiousWrapper(Optimizer):
         optimizer: Optimizer,
         decoupled_weight_decay: bool | None,
         shard_map: ShardMapSource | None,
+        cautious_weight_decay: bool = False,
     ) -> None:
-        for group in optimizer.param_groups:
-            check_dtypes(group)
         # Not Optimizer.__init__, which would make groups and a state of its own.
         self.__setstate__(
             {
                 "optimizer": optimizer,
                 "decoupled_weight_decay": decoupled_weight_decay,
+                "cautious_weight_decay": cautious_weight_decay,
                 "_layouts": Layouts(shard_map),
             }
         )
+        for group in optimizer.param_groups:
+            self._check_group(group)
 
     optimizer: Optimizer
     decoupled_weight_decay: bool | None
+    cautious_weight_decay: bool
+    _inner: InnerStep
     _layouts: Layouts
 
     # Looked up at each use, since load_state_dict replaces them.
@@ -229,13 +241,16 @@ class CautiousWrapper(Optimizer):
         inner optimiser's state may have advanced.
 
         Raises:
-            ConfigError: the inner optimiser changes the gradients, which are read after its step.
+            ConfigError: the inner optimiser changes the gradients, which are read after its step; steps
+                from weights of its own, which do not know of the mask; or fails on DTensors.
             LayoutMismatchError: as in CautiousOptimizer. On this rank nothing was changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._check_decay(group)
         layout = self._layouts.current(self.param_groups)
         by_group, idle = members_by_group(layout, self.param_groups)
         moves = [move for group, members in by_group for move in self._moves(group, members)]
@@ -243,7 +258,7 @@ class CautiousWrapper(Optimizer):
             self._inner_step(moves)
             items = _by_bucket(layout, moves)
             counts = count_wholes(
-                layout, lambda index, counts: _count(layout, items[index], counts)
+                layout, lambda index, counts: _count(layout, items[index], counts), idle
             )
         except BaseException:
             for move in moves:
@@ -258,25 +273,19 @@ class CautiousWrapper(Optimizer):
     def _moves(self, group: Group, members: Sequence[Member]) -> list[_Move]:
         decay, ascends = self._decay_factor(group), bool(group.get("maximize", False))
         locals_ = [local_of(member.param) for member in members]
+        cautiously = self.cautious_weight_decay and decay is not None
         return [
-            _Move(member, local, local.clone(), decay, ascends)
+            _Move(member, local, local.clone(), decay, ascends, cautiously)
             for member, local in zip(members, locals_, strict=True)
         ]
 
     def _inner_step(self, moves: Sequence[_Move]) -> None:
         """Decay, and let the inner optimiser step from there."""
-        versions = [move.member.grad._version for move in moves]
         for move in moves:
-            if move.decay is not None:
+            if move.decay is not None and not move.decays_cautiously:
                 decay_(move.local, move.decay)
         with _without_decay([g for g in self.param_groups if self._is_decoupled(g)]):
-            self.optimizer.step()
-        for move, version in zip(moves, versions, strict=True):
-            if move.member.grad._version != version:
-                raise ConfigError(
-                    f"optimizer={type(self.optimizer).__name__}: must leave .grad as it is, to be "
-                    "compared with the update; it has changed a gradient in place; let it work on a copy"
-                )
+            self._inner.take([Moved(m.member.param, m.local, m.before) for m in moves])
 
     def _is_decoupled(self, group: Mapping[str, Any]) -> bool:
         if not group.get("weight_decay"):
@@ -296,6 +305,22 @@ class CautiousWrapper(Optimizer):
         factor: Scalar = 1 - lr * group["weight_decay"]
         return factor
 
+    def _check_group(self, group: Group) -> None:
+        check_dtypes(group)
+        self._check_decay(group)
+
+    def _check_decay(self, group: Group) -> None:
+        if (
+            self.cautious_weight_decay
+            and group.get("weight_decay")
+            and not self._is_decoupled(group)
+        ):
+            raise ConfigError(
+                f"cautious_weight_decay=True: {type(self.optimizer).__name__} adds weight_decay="
+                f"{group['weight_decay']} to the gradient, where it is a part of the update; set it to 0, or "
+                "say decoupled_weight_decay=True if this optimiser decouples it"
+            )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch, by the inner optimiser."""
         self.optimizer.zero_grad(set_to_none)
@@ -304,11 +329,12 @@ class CautiousWrapper(Optimizer):
         """As in torch, and checks dtypes. No communication is performed."""
         self.optimizer.add_param_group(param_group)
         try:
-            check_dtypes(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
         except ConfigError:
             self.param_groups.pop()
             raise
         self._layouts.forget()
+        self._layouts.note_given(self.param_groups[-1]["params"])
 
     def state_dict(self) -> StateDict:
         """The inner optimiser's, hooks of both called. No communication is performed."""
@@ -333,8 +359,17 @@ class CautiousWrapper(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "decoupled_weight_decay", "_layouts")
+        names = ("optimizer", "decoupled_weight_decay", "cautious_weight_decay", "_layouts")
         return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by pickle and deepcopy, and by the constructor."""
+        super().__setstate__({"cautious_weight_decay": False, **state})
+        self._inner = InnerStep(self.optimizer)
+        for group in self.param_groups:
+            self._layouts.note_given(group["params"])
+
+    profile_hook_step = staticmethod(untraced)  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"cautious({self.optimizer!r})"
@@ -372,5 +407,8 @@ def _count(layout: Layout, items: Sequence[tuple[_Move, Segment]], counts: torch
 
 def _mask(move: _Move, segment: Segment, scale: torch.Tensor) -> None:
     old, update, grad = move.update(segment)
+    if move.decays_cautiously:
+        assert move.decay is not None
+        cautious_decay_(old, update, move.decay)
     cautious_step_(old, update, signs_agree(update, grad), scale.to(old))
     segment.of(move.local).copy_(old)
