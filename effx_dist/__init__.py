@@ -63,7 +63,7 @@ def __getattr__(name: str) -> object:
     elif name in _SUBMODULES:
         value = importlib.import_module(_SUBMODULES[name])
     elif name in _OPTIONAL_ENGINES:
-        value = _import_engine(name, _OPTIONAL_ENGINES[name])
+        value = _import_engine(name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; see dir({__name__})")
     globals()[name] = value
@@ -75,9 +75,10 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-def _import_engine(engine: str, module: str) -> object:
+def _import_engine(engine: str) -> object:
     from effx_dist.errors import MissingEngineError
 
+    module = _OPTIONAL_ENGINES[engine]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -36,6 +36,10 @@ no_group = pytest.mark.filterwarnings(
 )
 
 
+def never(name: str, value: Any) -> bytes:
+    raise AssertionError("opaque bytes are not pickled once more")
+
+
 class Unpickled:
     """Leaves a file behind where somebody unpickles it."""
 
@@ -104,14 +108,16 @@ class TestOneRank:
         dcp.load({"trap": None}, storage_reader=reader)
         assert trace.exists(), "else the checks above would have found nothing"
 
-    def test_json_is_not_given_to_a_planner_that_unpickles(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("planner", [None, ExcpLoadPlanner()], ids=["torch's", "ours"])
+    def test_json_is_read_by_either_planner(self, planner: Any, tmp_path: Path) -> None:
+        """The stock one unpickles: what it gets is pickled here, of plain values."""
+        notes = {"names": ["a", (1, None)], "rate": float("inf"), "raw": b"bytes"}
         writer = ExcpWriter(tmp_path / "step-1", lossless())
-        dcp.save(state_of(1, epoch=3), storage_writer=writer, planner=ExcpSavePlanner())
-        found = {**zeroed(), "epoch": 0}
-        with pytest.raises(CheckpointException, match=r"epoch: is stored as JSON.*ExcpLoadPlanner"):
-            dcp.load(found, storage_reader=ExcpReader(tmp_path / "step-1"))
-        dcp.load(found, storage_reader=ExcpReader(tmp_path / "step-1"), planner=ExcpLoadPlanner())
-        assert found["epoch"] == 3
+        saved = state_of(1, epoch=3, **notes)
+        dcp.save(saved, storage_writer=writer, planner=ExcpSavePlanner())
+        found = {**zeroed(), "epoch": 0, **dict.fromkeys(notes)}
+        dcp.load(found, storage_reader=ExcpReader(tmp_path / "step-1"), planner=planner)
+        assert {key: found[key] for key in ("epoch", *notes)} == {"epoch": 3, **notes}
 
     @pytest.mark.parametrize("allow", [False, True])
     def test_a_value_that_looks_like_the_mark_stays_a_value(
@@ -135,13 +141,13 @@ def test_json_that_is_the_mark_is_taken_for_bytes_or_not_at_all() -> None:
     with pytest.raises(TypeError, match="marks opaque bytes"):
         parse_value("a", payload)
     kept = parse_value("a", payload, allow_opaque_bytes=True)
-    assert payload_of("a", kept, allow_opaque_bytes=True, reads_json=False) == payload
+    assert payload_of("a", kept, True, False, never) == payload
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x80\x04K\x01.", bytes(range(256)), b"[1, 2"])
 def test_any_bytes_come_back(payload: bytes) -> None:
     kept = parse_value("a", payload, allow_opaque_bytes=True)
-    assert payload_of("a", kept, allow_opaque_bytes=True, reads_json=True) == payload
+    assert payload_of("a", kept, True, True, never) == payload
 
 
 def test_too_many_bytes_are_refused() -> None:
@@ -153,7 +159,7 @@ def test_too_many_bytes_are_refused() -> None:
 @pytest.mark.parametrize("content", ["not base64!", "YQ", 7, None, ["YQ=="], "é"])
 def test_a_hostile_mark_is_refused(content: Any) -> None:
     with pytest.raises(CorruptCheckpointError, match="a: its opaque bytes are not base64"):
-        payload_of("a", {"$opaque": content}, allow_opaque_bytes=True, reads_json=False)
+        payload_of("a", {"$opaque": content}, True, False, never)
 
 
 class Breaks(ExcpWriter):

@@ -141,7 +141,7 @@ def test_names_that_look_like_tags_are_data() -> None:
     [
         ({"a": [1, {2, 3}]}, "extra.a.1", "set"),
         ({"fn": print}, "extra.fn", "builtin_function_or_method"),
-        ({"raw": b"bytes"}, "extra.raw", "bytes"),
+        ({"raw": bytearray(b"bytes")}, "extra.raw", "bytearray"),
         ({"array": np.zeros(2)}, "extra.array", "ndarray"),
         ((1, (2, 1j)), "extra.1.1", "complex"),
         ({"dtype": torch.float32}, "extra.dtype", "dtype"),

@@ -27,6 +27,7 @@ LAYERS = [
     ["shard"],
     ["data", "optim", "checkpoint"],
     ["engines"],
+    ["deepspeed", "megatron"],
     ["report"],
     ["cli", "launch"],
 ]
@@ -88,7 +89,7 @@ def imported_unit(name: str) -> str | None:
     top, *rest = name.split(".")
     if top == "launch":
         return "launch"
-    if top != "effx_dist" or rest == ["__version__"]:
+    if top != "effx_dist" or rest in (["__version__"], ["_import_engine"]):
         return None
     return rest[0] if rest and rest[0] in LEVEL else "effx_dist"
 

@@ -1,4 +1,4 @@
-"""Objects with tensors in them, from one process to another through one piece of shared memory.
+"""Tensors from one process to another, through one piece of shared memory.
 
 torch hands over a descriptor for every tensor; a process may hold 1,024 at the usual limit, and a
 model's state has more tensors than that.
@@ -6,12 +6,10 @@ model's state has more tensors than that.
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import torch
 
@@ -42,44 +40,34 @@ def view_at(memory: torch.Tensor, spec: Spec) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A pickled object without its tensors; those lie in one shared ``memory``."""
+class Bundle:
+    """Tensors in one shared memory, for another process of the same job."""
 
-    pickled: bytes
     memory: torch.Tensor
     specs: list[Spec]
 
-    def unpack(self) -> Any:
-        """The object. Its tensors share the memory."""
-        tensors = [view_at(self.memory, spec) for spec in self.specs]
-        return _Unpickler(io.BytesIO(self.pickled), tensors).load()
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Bundle:
+        """Contiguous host tensors that lie in one shared memory already, as staged ones do, stay where
+        they are; else all are copied into a new one."""
+        memory = _common_memory(tensors)
+        if memory is not None:
+            starts = [int(tensor.storage_offset()) * tensor.element_size() for tensor in tensors]
+        else:
+            sizes = [rounded(tensor.nbytes) for tensor in tensors]
+            starts = [0, *accumulate(sizes)]
+            memory = shared_bytes(starts.pop())
+        shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        specs = [(start, *shape) for start, shape in zip(starts, shapes, strict=True)]
+        made = cls(memory, specs)
+        for tensor, kept in zip(tensors, made.tensors(), strict=True):
+            if kept.data_ptr() != tensor.data_ptr():
+                kept.copy_(tensor)
+        return made
 
-
-def parcel(value: Any) -> Parcel:
-    """Pack an object for another process of the same job.
-
-    Contiguous host tensors that lie in one shared memory already, as staged ones do, stay where they
-    are; else all are copied into a new one.
-    """
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
-    pickler.dump(value)
-    tensors = pickler.tensors
-    memory = _common_memory(tensors)
-    if memory is not None:
-        specs: list[Spec] = [
-            (int(t.storage_offset()) * t.element_size(), tuple(t.shape), t.dtype) for t in tensors
-        ]
-        return Parcel(buffer.getvalue(), memory, specs)
-    specs = []
-    end = 0
-    for tensor in tensors:
-        specs.append((end, tuple(tensor.shape), tensor.dtype))
-        end += rounded(tensor.nbytes)
-    memory = shared_bytes(end)
-    for tensor, spec in zip(tensors, specs, strict=True):
-        view_at(memory, spec).copy_(tensor)
-    return Parcel(buffer.getvalue(), memory, specs)
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors, which share the memory."""
+        return [view_at(self.memory, spec) for spec in self.specs]
 
 
 def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -91,28 +79,3 @@ def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         t.is_contiguous() and t.untyped_storage().data_ptr() == storage.data_ptr() for t in tensors
     )
     return torch.empty(0, dtype=torch.uint8).set_(storage) if is_common else None
-
-
-class _Pickler(pickle.Pickler):
-    """Leaves tensors out, and collects them."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.tensors: list[torch.Tensor] = []
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, torch.Tensor):
-            return None
-        self.tensors.append(obj)
-        return len(self.tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    """Puts them back. What it reads comes from this process's own parent, through a pipe."""
-
-    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self._tensors[pid]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +24,7 @@ from effx_dist.checkpoint.folder import (
 )
 from effx_dist.checkpoint.live import LiveState, live_state
 from effx_dist.checkpoint.matching import LoadReport, NameMap, warn_of_left_alone
+from effx_dist.checkpoint.open_ones import closed, opened, settle_saves_in
 from effx_dist.checkpoint.pending import PendingSave
 from effx_dist.checkpoint.restore import Wanted, restore
 from effx_dist.checkpoint.saver import SaveJob
@@ -101,7 +101,7 @@ class Checkpointer:
         self._pending: PendingSave | None = None
         self._closed = False
         self._sigterm = SigtermMemory() if self.config.save_on_sigterm else None
-        _open[self] = os.getpid()
+        opened(self)
 
     def begin(self, model: torch.nn.Module | LiveState) -> None:
         """With ``seeded_base``: take the weights of ``model``, as they were just initialised, as
@@ -261,6 +261,7 @@ class Checkpointer:
                 RankFailedError if another could not load.
         """
         self._settle_pending()
+        settle_saves_in(self.folder)
         live = live_state(model, optimizer)
         reader = ExcpReader(self.folder / self._choose(step, tag))
         try:
@@ -303,7 +304,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        _open.pop(self, None)
+        closed(self)
         try:
             if self._pending is not None and not self._pending.reported:
                 self._pending.wait()
@@ -380,21 +381,3 @@ class Checkpointer:
         if found is None:
             raise CheckpointNotFoundError(problem)
         return found
-
-
-_open: dict[Checkpointer, int] = {}
-"""By the process that made it: what forks from that has its saves in sight, which never end there."""
-
-
-def _close_at_exit() -> None:
-    while own := [opened for opened, pid in _open.items() if pid == os.getpid()]:
-        try:
-            own[0].close()
-        except Exception:
-            logger.exception("the last save failed")
-        except KeyboardInterrupt:
-            logger.warning("the last save was abandoned")
-
-
-# not atexit: a save in flight still needs thread pools, and those are shut down before atexit runs
-threading._register_atexit(_close_at_exit)  # type: ignore[attr-defined]

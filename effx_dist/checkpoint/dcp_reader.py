@@ -31,7 +31,7 @@ from effx_dist.checkpoint.matching import listed
 from effx_dist.checkpoint.reader import ChainReader, open_checkpoint
 from effx_dist.checkpoint.storage import Folder, location
 from effx_dist.checkpoint.tree import read_tree
-from effx_dist.checkpoint.values import is_opaque, payload_of
+from effx_dist.checkpoint.values import payload_of
 from effx_dist.shard import Box
 
 logger = logging.getLogger(__name__)
@@ -130,10 +130,7 @@ class ExcpReader(StorageReader):
         name = item.storage_index.fqn
         value = self.chain.top.manifest.values[name]
         reads_json = type(planner).load_bytes is not DefaultLoadPlanner.load_bytes
-        if reads_json or is_opaque(value):
-            payload = payload_of(name, value, self._allow_opaque_bytes)
-        else:
-            payload = _pickled(name, value)
+        payload = payload_of(name, value, self._allow_opaque_bytes, reads_json, _pickled)
         planner.load_bytes(item, io.BytesIO(payload))
 
     def _read_tensor(self, item: ReadItem, target: torch.Tensor) -> None:

@@ -15,9 +15,8 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
-from effx_dist.checkpoint.arena import parcel
 from effx_dist.checkpoint.ownership import Ownership
-from effx_dist.checkpoint.saver import Loaded, SaveJob, Saver, SaveResult
+from effx_dist.checkpoint.saver import Loaded, Packed, SaveJob, Saver, SaveResult
 from effx_dist.checkpoint.saving_process import KEPT_SIGNALS, socket_pair
 from effx_dist.checkpoint.storage import Location
 from effx_dist.config import ExcpConfig
@@ -217,9 +216,9 @@ class ProcessExecutor(SaveExecutor):
         if self._loaded is not None:
             self._ask("restart", self._loaded)
 
-    def _ask(self, request: str, *arguments: Any) -> Any:
+    def _ask(self, request: str, value: SaveJob | Loaded, *arguments: Any) -> Any:
         try:
-            self._connection.send((request, parcel(arguments)))
+            self._connection.send((request, Packed.of(value), arguments))
             answer, error, trace = self._connection.recv()
         except (EOFError, OSError) as lost:
             raise _ProcessEnded from lost

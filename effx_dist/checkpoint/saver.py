@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
 
 import torch
 
+from effx_dist.checkpoint.arena import Bundle
 from effx_dist.checkpoint.chain import Chain
 from effx_dist.checkpoint.commit import SaveFacts
 from effx_dist.checkpoint.drive import drive_save
@@ -56,6 +59,40 @@ class Loaded:
     figures: Figures
     references: dict[tuple[str, tuple[int, ...]], torch.Tensor]
     is_newest: bool
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A job, or what was loaded, with its tensors in one shared memory: what a saving process is sent."""
+
+    value: SaveJob | Loaded
+    bundle: Bundle
+
+    @classmethod
+    def of(cls, value: SaveJob | Loaded) -> Packed:
+        """Take the tensors out. No communication is performed."""
+        return cls(_with_tensors(value, repeat(None)), Bundle.of(_tensors_of(value)))
+
+    def unpack(self) -> SaveJob | Loaded:
+        """Put them back; they share the memory."""
+        return _with_tensors(self.value, iter(self.bundle.tensors()))
+
+
+def _tensors_of(value: SaveJob | Loaded) -> list[torch.Tensor]:
+    if isinstance(value, Loaded):
+        return list(value.references.values())
+    return [part for fragment in value.state.values() for _, part in fragment.parts]
+
+
+def _with_tensors(value: SaveJob | Loaded, tensors: Iterator[Any]) -> SaveJob | Loaded:
+    """The same with other tensors, in the order of :func:`_tensors_of`."""
+    if isinstance(value, Loaded):
+        return replace(value, references={key: next(tensors) for key in value.references})
+    state = {
+        name: Fragment(f.shape, f.dtype, [(box, next(tensors)) for box, _ in f.parts], f.is_replica)
+        for name, f in value.state.items()
+    }
+    return replace(value, state=state)
 
 
 class Saver:

@@ -42,16 +42,21 @@ def serve(connection: Connection) -> None:
     actions: dict[str, Callable[..., Any]] = {"save": saver.save, "restart": saver.restart}
     while True:
         try:
-            request, packed = connection.recv()
+            request, packed, arguments = connection.recv()
         except (EOFError, ConnectionError):
             break
         answer: tuple[Any, Exception | None, str]
         try:
-            answer = (actions[request](*packed.unpack()), None, "")
+            answer = (actions[request](packed.unpack(), *arguments), None, "")
         except Exception as error:
             answer = (None, _portable(error), "".join(traceback.format_exception(error)))
         connection.send(answer)
-        del request, packed, answer  # the parent's tensors and files go when a save is done
+        del (
+            request,
+            packed,
+            arguments,
+            answer,
+        )  # the parent's tensors and files go when a save is done
     saver.close()
 
 

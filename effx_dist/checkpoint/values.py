@@ -11,11 +11,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Callable
 from typing import Any
 
 from effx_dist.errors import CorruptCheckpointError
 
 OPAQUE = "$opaque"
+Pickled = Callable[[str, Any], bytes]
 MAX_OPAQUE_BYTES = 2**24
 """Largest entry of opaque bytes: manifests are read whole by every rank."""
 
@@ -52,15 +54,20 @@ def is_opaque(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {OPAQUE}
 
 
-def payload_of(name: str, value: Any, allow_opaque_bytes: bool) -> bytes:
-    """The way back: what a planner that reads JSON gets for an entry of a manifest, and any planner for
-    opaque bytes.
+def payload_of(
+    name: str, value: Any, allow_opaque_bytes: bool, reads_json: bool, pickled: Pickled
+) -> bytes:
+    """The way back: what the planner that loads gets for an entry of a manifest.
+
+    Args:
+        reads_json: whether that planner reads JSON; the stock one unpickles, and gets what ``pickled``
+            makes of the value here. No bytes of a checkpoint come near an unpickler.
 
     Raises TypeError for opaque bytes unless ``allow_opaque_bytes``; CorruptCheckpointError for opaque
     bytes that are none.
     """
     if not is_opaque(value):
-        return json.dumps(value).encode()
+        return json.dumps(value).encode() if reads_json else pickled(name, value)
     if not allow_opaque_bytes:
         raise TypeError(
             f"{name}: is stored as bytes that only the planner that wrote them can read, and the "

@@ -219,7 +219,10 @@ class CautiousOptimizer(Optimizer):
         return unscaling * clipping_factor(norm.to(unscaling) * unscaling, max_norm)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        refuse_options(**{name: group[name] for name in NEEDED_OPTIONS if name in group})
+        options = {name: group[name] for name in NEEDED_OPTIONS if name in group}
+        if not group["weight_decay"]:  # then it is neither
+            options.pop("decoupled_weight_decay", None)
+        refuse_options(**options)
         for name in ("lr", "weight_decay", "eps"):
             if name in group and not float(group[name]) >= 0:
                 raise ConfigError(f"{name}={group[name]}: must be at least 0")

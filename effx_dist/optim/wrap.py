@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
 
 from effx_dist.core.cautious import (
-    cautious_decay_,
-    cautious_step_,
-    count_agreement,
     decay_,
     scale_from_count,
-    signs_agree,
 )
 from effx_dist.core.update_rules import Scalar
 from effx_dist.errors import ConfigError
 from effx_dist.optim.base import CautiousOptimizer, untraced
 from effx_dist.optim.inner import InnerStep, Moved
-from effx_dist.optim.kernels import working_dtype
-from effx_dist.optim.layout import Layout, Segment, ShardMapSource
+from effx_dist.optim.layout import ShardMapSource
 from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
+from effx_dist.optim.moves import Move, by_bucket, count, mask
 from effx_dist.optim.plan import Group, Member, members_by_group
 from effx_dist.shard import local_of
 
@@ -84,33 +79,6 @@ def cautious(
             "gradient to agree with; must be an optimiser that takes one gradient a step"
         )
     return CautiousWrapper(optimizer, decoupled_weight_decay, shard_map, cautious_weight_decay)
-
-
-@dataclass(frozen=True, slots=True)
-class _Move:
-    """One parameter before the inner step, and its gradient."""
-
-    member: Member
-    local: torch.Tensor
-    """The parameter itself on this rank, moved by the inner step."""
-    before: torch.Tensor
-    decay: Scalar | None
-    """Factor of decoupled weight decay."""
-    ascends: bool
-    decays_cautiously: bool = False
-
-    def update(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a segment, in the dtype of the arithmetic: the parameter from which the inner step began,
-        in a tensor that may be ``before``; what that subtracted from it; and the gradient to descend.
-        """
-        old, new, grad = (
-            segment.of(whole) for whole in (self.before, self.local, self.member.grad)
-        )
-        if self.decay is not None and not self.decays_cautiously:
-            old = old * self.decay  # the operation that decayed the parameter: the same bits
-        dtype = working_dtype(new)
-        old, grad = old.to(dtype), grad.to(dtype)
-        return old, old - new.to(dtype), -grad if self.ascends else grad
 
 
 class CautiousWrapper(Optimizer):
@@ -256,9 +224,9 @@ class CautiousWrapper(Optimizer):
         moves = [move for group, members in by_group for move in self._moves(group, members)]
         try:
             self._inner_step(moves)
-            items = _by_bucket(layout, moves)
+            items = by_bucket(layout, moves)
             counts = count_wholes(
-                layout, lambda index, counts: _count(layout, items[index], counts), idle
+                layout, lambda index, counts: count(layout, items[index], counts), idle
             )
         except BaseException:
             for move in moves:
@@ -266,20 +234,20 @@ class CautiousWrapper(Optimizer):
             raise
         scales = scale_from_count(counts, layout.numels(counts.device))
         for move, segment in (item for bucket in items for item in bucket):
-            _mask(move, segment, scales[layout.slots[segment.whole_index]])
+            mask(move, segment, scales[layout.slots[segment.whole_index]])
         layout.last_counts, layout.idle = counts, idle
         return loss
 
-    def _moves(self, group: Group, members: Sequence[Member]) -> list[_Move]:
+    def _moves(self, group: Group, members: Sequence[Member]) -> list[Move]:
         decay, ascends = self._decay_factor(group), bool(group.get("maximize", False))
         locals_ = [local_of(member.param) for member in members]
         cautiously = self.cautious_weight_decay and decay is not None
         return [
-            _Move(member, local, local.clone(), decay, ascends, cautiously)
+            Move(member, local, local.clone(), decay, ascends, cautiously)
             for member, local in zip(members, locals_, strict=True)
         ]
 
-    def _inner_step(self, moves: Sequence[_Move]) -> None:
+    def _inner_step(self, moves: Sequence[Move]) -> None:
         """Decay, and let the inner optimiser step from there."""
         for move in moves:
             if move.decay is not None and not move.decays_cautiously:
@@ -386,29 +354,3 @@ def _without_decay(groups: Sequence[Group]) -> Iterator[None]:
     finally:
         for group, decay in zip(groups, decays, strict=True):
             group["weight_decay"] = decay
-
-
-def _by_bucket(layout: Layout, moves: Sequence[_Move]) -> list[list[tuple[_Move, Segment]]]:
-    """The segments that have elements."""
-    found: list[list[tuple[_Move, Segment]]] = [[] for _ in layout.buckets]
-    for move in moves:
-        for segment in layout.segments[move.member.place]:
-            if segment.of(move.local).numel():
-                found[layout.bucket_of[segment.whole_index]].append((move, segment))
-    return found
-
-
-def _count(layout: Layout, items: Sequence[tuple[_Move, Segment]], counts: torch.Tensor) -> None:
-    for move, segment in items:
-        _, update, grad = move.update(segment)
-        slot = layout.slots[segment.whole_index]
-        counts[slot] += count_agreement(update, grad).to(counts.device)
-
-
-def _mask(move: _Move, segment: Segment, scale: torch.Tensor) -> None:
-    old, update, grad = move.update(segment)
-    if move.decays_cautiously:
-        assert move.decay is not None
-        cautious_decay_(old, update, move.decay)
-    cautious_step_(old, update, signs_agree(update, grad), scale.to(old))
-    segment.of(move.local).copy_(old)

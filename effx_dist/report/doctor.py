@@ -10,11 +10,9 @@ import importlib
 import importlib.util
 import os
 import platform
-import time
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from effx_dist import __version__
@@ -34,8 +32,6 @@ REQUIRED = (
     "rich",
     "pyyaml",
 )
-BUILD_S = 900
-"""Seconds; no operator takes as long to compile."""
 OPTIONAL = {
     "deepspeed": "engine",
     "megatron-core": "engine",
@@ -157,7 +153,8 @@ def _features(versions: dict[str, str | None], torch: Any) -> list[Part]:
         ),
         _feature("FSDP2", no_torch or no_ranks or _adapter_fault("fsdp2")),
         _feature(
-            "DeepSpeed", _engine_fault("deepspeed", versions["deepspeed"]), _stale_lock(torch)
+            "DeepSpeed",
+            _engine_fault("deepspeed", versions["deepspeed"]) or _blocked_by_lock(torch),
         ),
         _feature("Megatron-core", _engine_fault("megatron", versions["megatron-core"])),
         _feature(
@@ -183,21 +180,20 @@ def _cautious_step(torch: Any) -> str:
     return f"{device.type}: {name.removesuffix('Walks').lower()}"
 
 
-def _stale_lock(torch: Any) -> str:
-    """Names a lock that a killed build left where torch compiles operators by default; DeepSpeed would wait
-    for it without end.
-    """
+def _blocked_by_lock(torch: Any) -> str:
+    """Names a lock of a build of an operator of DeepSpeed's, at which it would wait."""
     if torch is None:
         return ""
     try:
-        root = importlib.import_module("torch.utils.cpp_extension").get_default_build_root()
-        now = time.time()
-        locks = [
-            lock for lock in Path(root).glob("*/*/lock") if now - lock.stat().st_mtime > BUILD_S
-        ]
+        locks = importlib.import_module("effx_dist.engines.build_locks")
+        found = [lock for lock in locks.locks() if lock.parent.name.startswith("deepspeed")]
+        if not found:
+            return ""
+        if locks.is_stale(found[0]):
+            return f"{found[0]} is left of a build that was killed: remove it, or let effx_dist.deepspeed do it"
     except Exception as error:  # nothing to find is no reason to fail
         return f"{type(error).__name__}: {error}"
-    return f"{locks[0]} blocks its start: remove it, if nothing is being compiled" if locks else ""
+    return f"{found[0]}: a build is under way, or was killed on another machine; remove it in that case"
 
 
 def _feature(name: str, obstacle: str, note: str = "") -> Part:

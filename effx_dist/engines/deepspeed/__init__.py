@@ -14,9 +14,10 @@ from typing import Any
 import deepspeed as _deepspeed
 
 from effx_dist.engines.deepspeed.handle import Handle
-from effx_dist.engines.deepspeed.initialize import initialize
+from effx_dist.engines.deepspeed.initialize import init_distributed, initialize
 
-__all__ = ["Handle", "initialize"]
+__all__ = ["Handle", "init_distributed", "initialize"]
+__version__ = _deepspeed.__version__
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from effx_dist.errors import ConfigError
 from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD, CautiousWrapper, cautious
 from effx_dist.optim.base import CautiousOptimizer
 from effx_dist.shard import ShardMap
+
+logger = logging.getLogger(__name__)
 
 OptimizerMaker = Callable[[Any], Optimizer]
 """As DeepSpeed takes one in an optimiser's place: from parameters or groups of them."""
@@ -53,6 +56,12 @@ def prepare(
         return _settled(optimizer, settings)
     if optimizer is not None:
         make = optimizer
+    elif settings is not None and block.config.get("optimizer") is None:
+        logger.warning(
+            "effx.cautious: this engine has no optimizer (a reference or reward model), so there is nothing to "
+            "make cautious"
+        )
+        return None
     elif settings is not None:
         make = _configured(block.config.get("optimizer"), settings)
     else:
@@ -104,13 +113,15 @@ def _cautious_form(optimizer: Optimizer, settings: CautiousConfig) -> Optimizer:
         return _replaced(optimizer, form, settings)
     if type(optimizer) not in (*_WRAPPED, *_DEEPSPEED_ADAMS):
         raise _no_form(f"optimizer={type(optimizer).__name__}")
-    if settings.cautious_weight_decay:
-        raise ConfigError(
-            f"effx.cautious.cautious_weight_decay = True: {type(optimizer).__name__} with these settings is "
-            "masked from outside, weight decay included where it is not decoupled; must be false, or use AdamW"
-        )
     decoupled = getattr(optimizer, "adam_w_mode", None)
-    return cautious(optimizer, decoupled_weight_decay=decoupled)
+    try:
+        return cautious(
+            optimizer,
+            decoupled_weight_decay=decoupled,
+            cautious_weight_decay=settings.cautious_weight_decay,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"effx.cautious: {error}") from error
 
 
 def _fast_form(optimizer: Optimizer) -> type[CautiousOptimizer] | None:

@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import deepspeed
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
-from effx_dist.checkpoint.by_folder import CheckpointersByFolder, folder_key
+from effx_dist.checkpoint.by_folder import CheckpointersByFolder
 from effx_dist.checkpoint.convert.universal import ENGINE
 from effx_dist.checkpoint.folder import (
     LATEST,
     TAG,
     StepPrefix,
+    committed_steps,
     holds_foreign_files,
     refuse_foreign_files,
     step_folder,
     step_name,
     step_of,
 )
+from effx_dist.checkpoint.open_ones import folder_key, settle, settle_saves_in
 from effx_dist.checkpoint.storage import Location, location
-from effx_dist.checkpoint.tags import checked_tag, folder_of_tag, point_to
+from effx_dist.checkpoint.tags import checked_tag, folder_of_tag, is_tag_name, point_to
 from effx_dist.checkpoint.training_state import Stateful
 from effx_dist.checkpoint.tree import tree_to_json
 from effx_dist.config import ExcpConfig
 from effx_dist.data import ProgressLR
 from effx_dist.engines.deepspeed.live import ZeroState
+from effx_dist.engines.deepspeed.loss_scale import LossScaler, scaler_of
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from effx_dist.shard import TorchGroup
 
@@ -42,7 +47,8 @@ _PREFIX: StepPrefix = "global_step"
 _MAX_LATEST_BYTES = 4096
 _ONCE = ExcpConfig(profile="lossless", base_every=1, async_mode="sync")
 """Of a Checkpointer that only loads."""
-_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_users: dict[str, WeakSet[EngineCheckpoints]] = defaultdict(WeakSet)
+"""The engines of this process that have saved to or gone on from a folder."""
 
 
 class EngineCheckpoints:
@@ -103,7 +109,9 @@ class EngineCheckpoints:
         ``async_mode`` is "sync". Call on every rank.
 
         The checkpoint of step N is the folder ``save_dir/global_stepN``. Any other ``tag`` is a name
-        for it that may move to a later step, and keeps it from the retention. ``latest`` names it once
+        for it that may move to a later step, and keeps it from the retention. Where another engine of
+        this process saves to ``save_dir`` (an actor and a critic), one with a tag of its own saves to
+        ``save_dir/tag/global_stepN``. ``latest`` names it once
         it is committed. A step that this engine has saved or loaded there already is not written again:
         only its names move.
 
@@ -113,20 +121,24 @@ class EngineCheckpoints:
         Raises ConfigError, TypeError for a client_state that cannot be kept, and RankFailedError on
         the ranks on which all is well. What makes an asynchronous save fail is logged at the next one.
         """
-        if not str(save_dir):
+        if not save_dir or not str(save_dir):
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
         step = int(self._engine.global_steps)
         name = f"{_PREFIX}{step}" if tag is None else str(tag)
         self._engine._checkpoint_tag_validation(name)
-        key = folder_key(save_dir)
+        main = folder_key(save_dir)
 
-        def check() -> tuple[dict[str, Any], str | None]:
+        def check() -> tuple[dict[str, Any], str | None, str]:
+            own_tag = _own_tag(name, step)
+            home = self._home(main, own_tag) if self._group.rank == 0 else main
             if self._group.rank == 0:
-                refuse_foreign_files(location(key) / step_name(step, _PREFIX))
-            return self._extra(client_state or {}), _own_tag(name, step)
+                refuse_foreign_files(location(home) / step_name(step, _PREFIX))
+            return self._extra(client_state or {}), own_tag, home
 
-        extra, own_tag = self._group.everywhere(check, keep_own_error=True)
-        checkpoints = self.checkpointer(save_dir)
+        extra, own_tag, home = self._group.everywhere(check, keep_own_error=True)
+        key = self._group.broadcast_object(home)
+        _users[key].add(self)
+        checkpoints = self.checkpointer(key)
         if self._last_steps.get(key) == step and self._stands(checkpoints):
             self._rename(checkpoints.folder, step, own_tag, save_latest)
             return True
@@ -180,7 +192,7 @@ class EngineCheckpoints:
         self._last_steps.clear()  # what is live now may be none of what was saved
         if self._engine.load_universal_checkpoint():
             return self._load_plain(load_dir, tag, options)
-        name, is_own = self._find(load_dir, tag)
+        folder, name, is_own = self._find(load_dir, tag)
         if name is None:
             logger.warning(
                 "%s: has no file %r, so nothing was loaded; give the tag of a checkpoint if there is one",
@@ -195,29 +207,30 @@ class EngineCheckpoints:
                 "custom_load_fn: effx checkpoints are read straight into the partitions, so there is no "
                 "state dict to hand it; leave it out, or `effx convert --to torch` and load that"
             )
-        folder = str(location(folder_key(load_dir)) / name)
+        loaded = str(location(folder) / name)
         if load_module_only:
-            return folder, self._load_weights(load_dir, name, load_module_strict)
-        return folder, self._resume(load_dir, name, options)
+            return loaded, self._load_weights(folder, name, load_module_strict)
+        return loaded, self._resume(folder, name, options)
 
     def destroy(self) -> None:
         """Finish the saves in flight, then as ``DeepSpeedEngine.destroy``. Raises what made one fail."""
+        for users in _users.values():
+            users.discard(self)
         try:
             self._by_folder.close()
         finally:
             self._destroy_of_engine()
 
-    def _load_weights(self, load_dir: str | os.PathLike[str], name: str, strict: bool) -> Any:
+    def _load_weights(self, folder: str, name: str, strict: bool) -> Any:
         live = ZeroState(self._engine, with_optimizer=False)
-        with Checkpointer(folder_key(load_dir), _ONCE) as checkpoints:
+        with Checkpointer(folder, _ONCE) as checkpoints:
             # a mapping, if of each name to itself: another run begins, whose random states are its own
             checkpoints.load(live, tag=name, strict=strict, mapping=str)
             return _client_state(checkpoints, with_counters=True)
 
-    def _resume(
-        self, load_dir: str | os.PathLike[str], name: str, options: Mapping[str, Any]
-    ) -> Any:
-        engine, checkpoints = self._engine, self.checkpointer(load_dir)
+    def _resume(self, folder: str, name: str, options: Mapping[str, Any]) -> Any:
+        engine, checkpoints = self._engine, self.checkpointer(folder)
+        _users[folder].add(self)
         with_optimizer, strict = options["load_optimizer_states"], options["load_module_strict"]
         with_schedule = options["load_lr_scheduler_states"]
         step = checkpoints.load(
@@ -233,7 +246,7 @@ class EngineCheckpoints:
         engine.skipped_steps = counters.get("skipped_steps", 0)
         engine.micro_steps = step * engine.gradient_accumulation_steps()
         if with_optimizer and strict and with_schedule:
-            self._last_steps[folder_key(load_dir)] = step
+            self._last_steps[folder] = step
         return _client_state(checkpoints)
 
     def _load_plain(
@@ -242,14 +255,26 @@ class EngineCheckpoints:
         found: tuple[str | None, Any] = self._load_of_engine(os.fspath(load_dir), tag, **options)
         return found
 
-    def _find(self, load_dir: str | os.PathLike[str], tag: str | None) -> tuple[str | None, bool]:
-        """Name of the folder to load, and whether it is one of ours. Rank 0 looks."""
-        if (checkpoints := self._by_folder.get(load_dir)) is not None:
-            _settle(checkpoints)
+    def _home(self, main: str, tag: str | None) -> str:
+        """The folder whose chain a save goes on with: ``main``, or that of a tag in it. Looks at files."""
+        if tag is None or self in _users[main]:
+            return main
+        own = folder_key(str(location(main) / tag))
+        return own if _users[main] or committed_steps(location(own)) else main
+
+    def _find(
+        self, load_dir: str | os.PathLike[str], tag: str | None
+    ) -> tuple[str, str | None, bool]:
+        """The folder of the chain, the name in it to load, and whether it is one of ours. Waits for all
+        saves of this process that are in flight there. Rank 0 looks."""
+        main = folder_key(load_dir)
+        settle_saves_in(main)
+        if tag is not None and is_tag_name(str(tag)):
+            settle_saves_in(location(main) / str(tag))
         problem, found = None, None
         if self._group.rank == 0:
             try:
-                found = _look(location(folder_key(load_dir)), None if tag is None else str(tag))
+                found = _look(main, None if tag is None else str(tag))
             except (CheckpointNotFoundError, CorruptCheckpointError) as error:
                 problem = error
         found, problem = self._group.broadcast_object((found, problem))
@@ -260,7 +285,7 @@ class EngineCheckpoints:
 
     def _stands(self, checkpoints: Checkpointer) -> bool:
         """Whether the last save was committed, as far as any rank knows; waits for it."""
-        return all(self._group.all_gather_object(_settle(checkpoints)))
+        return all(self._group.all_gather_object(settle(checkpoints)))
 
     def _rename(self, folder: Location, step: int, tag: str | None, moves_latest: bool) -> None:
         def rename() -> None:
@@ -300,37 +325,9 @@ class EngineCheckpoints:
         schedule = self._engine.lr_scheduler
         if with_schedule and schedule is not None:
             found["schedule" if isinstance(schedule, ProgressLR) else "lr_scheduler"] = schedule
-        if with_optimizer and (scaler := _scaler_of(self._engine.optimizer)) is not None:
-            found["loss_scaler"] = _LossScaler(scaler)
+        if with_optimizer and (scaler := scaler_of(self._engine.optimizer)) is not None:
+            found["loss_scaler"] = LossScaler(scaler)
         return found
-
-
-class _LossScaler:
-    """A dynamic loss scale of fp16, as something with a state."""
-
-    def __init__(self, scaler: Any) -> None:
-        self._scaler = scaler
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            key: getattr(self._scaler, key) for key in _SCALER_KEYS if hasattr(self._scaler, key)
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for key in self.state_dict().keys() & state_dict.keys():
-            setattr(self._scaler, key, state_dict[key])
-
-
-def _scaler_of(optimizer: Any) -> Any:
-    """What holds the dynamic loss scale, with ZeRO or without; None where there is none."""
-    for name, is_dynamic in (
-        ("loss_scaler", "dynamic"),
-        ("loss_scale_config", "dynamic_loss_scale"),
-    ):
-        scaler = getattr(optimizer, name, None)
-        if getattr(scaler, is_dynamic, False):
-            return scaler
-    return None
 
 
 def _check(engine: Any) -> None:
@@ -354,32 +351,24 @@ def _own_tag(name: str, step: int) -> str | None:
     return None
 
 
-def _look(place: Location, tag: str | None) -> tuple[str | None, bool]:
-    """Name of the folder that ``tag`` or else ``latest`` stands for, and whether it is one of ours."""
+def _look(main: str, tag: str | None) -> tuple[str, str | None, bool]:
+    """The folder of the chain, the name in it that ``tag`` or else ``latest`` stands for, and whether it is
+    one of ours."""
+    place = location(main)
     if tag is None:
         if not place.has_file(LATEST):
-            return None, False
+            return main, None, False
         tag = place.read_file(LATEST, _MAX_LATEST_BYTES).decode("utf-8", "replace").strip()
     try:
-        return folder_of_tag(place, tag).name, True
+        return main, folder_of_tag(place, tag).name, True
     except CheckpointNotFoundError:
         folder = place / tag
+        if is_tag_name(tag) and step_of(tag) is None and (steps := committed_steps(folder)):
+            return folder_key(str(folder)), step_folder(folder, steps[-1]).name, True
         is_cut_off = step_of(tag) is not None and not holds_foreign_files(folder)
         if is_cut_off or not folder.is_folder(follow_link=True) or folder.has_file(TAG):
             raise
-    return tag, False  # DeepSpeed's own
-
-
-def _settle(checkpoints: Checkpointer) -> bool:
-    """Wait for the save in flight; whether it ended well. A failure is logged."""
-    try:
-        checkpoints.wait()
-    except Exception:
-        logger.exception(
-            "%s: the last save failed; nothing was committed for it", checkpoints.folder
-        )
-        return False
-    return True
+    return main, tag, False  # DeepSpeed's own
 
 
 def _client_state(checkpoints: Checkpointer, with_counters: bool = False) -> dict[str, Any]:

@@ -198,7 +198,8 @@ class DataFeed:
         """Record the losses of a micro-batch and return the scalar to call ``engine.backward`` on.
 
         The engine divides by the accumulation steps and scales for fp16 itself, after this. No
-        communication is performed. Where InfoBatch is off this is the mean, in float32 or wider.
+        communication is performed. Where InfoBatch is off this is the mean, in float32 or wider; and so it is
+        under torch.no_grad, in an evaluation: nothing is recorded there.
 
         Args:
             losses: ``[micro batch]``, one loss a sample, any floating dtype, on any device.
@@ -208,7 +209,7 @@ class DataFeed:
         Raises:
             ConfigError: no ids are found; there is no sampler yet; see InfoBatchSampler.weigh.
         """
-        if self._infobatch is None:
+        if self._infobatch is None or not torch.is_grad_enabled():
             return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
         if self.sampler is None:
             raise ConfigError(

@@ -8,9 +8,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import Dataset
 
+from effx_dist.engines.build_locks import await_builds
 from effx_dist.engines.deepspeed import cautious
 from effx_dist.engines.deepspeed.block import CONFIG_ARGUMENTS, Block, check_engine, read_block
 from effx_dist.engines.deepspeed.handle import Handle
@@ -42,13 +44,16 @@ def initialize(
     - "infobatch": the loader over ``training_data`` is an InfoBatchLoader, whose batches carry the samples'
       ids for ``engine.effx.weigh``.
 
-    Collective, as deepspeed.initialize is.
+    A lock that a killed build of DeepSpeed's operators has left is removed first; one of a build under way
+    is waited for. Collective, as deepspeed.initialize is.
 
     Raises:
+        BuildLockError: such a build does not end.
         ConfigError: the block is refused, or something in the rest of the configuration, the model or the
             optimiser cannot work beside it; on every rank, before anything is built.
     """
     block = read_block(args, config, config_params)
+    await_builds(_is_deepspeeds)
     given: dict[str, Any] = {
         "args": args,
         "model": model,
@@ -86,6 +91,17 @@ def _with_block(block: Block, given: dict[str, Any]) -> tuple[Any, Any, Any, Any
     if block.infobatch and training_data is not None:
         loader = engine.training_dataloader = engine.effx.deepspeed_io(training_data)
     return engine, engine.optimizer, loader, scheduler
+
+
+def init_distributed(*args: Any, **kwargs: Any) -> None:
+    """``deepspeed.init_distributed``, once no lock of a killed build stands in its way: on the CPU it
+    compiles an operator. Collective. Raises BuildLockError."""
+    await_builds(_is_deepspeeds)
+    deepspeed.init_distributed(*args, **kwargs)
+
+
+def _is_deepspeeds(operator: str) -> bool:
+    return operator in ALL_OPS
 
 
 @contextmanager
