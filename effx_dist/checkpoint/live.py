@@ -110,6 +110,14 @@ class LiveState(ABC):
     def num_groups(self) -> int:
         """Number of the optimizer's parameter groups."""
 
+    def fit_groups(
+        self, options: list[dict[str, Any]], parameters: list[list[str]] | None
+    ) -> list[dict[str, Any]]:
+        """The saved options of each of the optimizer's own groups, given those of the saved groups and
+        the names of their parameters (None where a checkpoint does not say). By number, unless the
+        number of groups depends on the layout."""
+        return options
+
     @abstractmethod
     def take_group_options(self, options: list[dict[str, Any]]) -> None:
         """Hand over the groups' options. Raises LayoutMismatchError for another number of groups."""

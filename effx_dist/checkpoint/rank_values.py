@@ -138,7 +138,8 @@ def agreed(
         for name, digest in of_rank.tensors.items():
             if tensors.setdefault(name, digest) != digest:
                 merge.differs(name, {0: "one tensor", rank: "another"})
-    found = merge.tree("", list(enumerate(of_rank.values for of_rank in told)))
+    found = merge.tree("", [(rank, _without_groups(one.values)) for rank, one in enumerate(told)])
+    found |= merge.groups([one.values for one in told])
     known = {alias: name for of_rank in reversed(told) for alias, name in of_rank.aliases.items()}
     if merge.problems:
         raise LayoutMismatchError(
@@ -151,6 +152,13 @@ def agreed(
             "rank 0's of the values in `extra` that differ are kept: %s", listed(merge.left)
         )
     return found, known
+
+
+_GROUPS, _MEMBERS = "param_groups", "group_parameters"
+
+
+def _without_groups(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in (_GROUPS, _MEMBERS)}
 
 
 def _digests(state: Mapping[str, Fragment]) -> dict[str, str]:
@@ -191,6 +199,29 @@ class _Merge:
             return [self.tree(f"{path}.{i}", column) for i, column in enumerate(columns)]
         self.differs(path, {first_rank: first, other[0]: other[1]})
         return first
+
+    def groups(self, by_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The optimizer's groups. Ranks may hold other parameters of a group (pipeline stages), or lack
+        the last ones; the options of those that they have are one."""
+        found: dict[str, Any] = {}
+        told = [(r, v[_GROUPS]) for r, v in enumerate(by_rank) if v.get(_GROUPS) is not None]
+        if told:
+            longest = max((groups for _, groups in told), key=len)
+            found[_GROUPS] = [
+                self.tree(f"{_GROUPS}.{i}", [(r, g[i]) for r, g in told if len(g) > i])
+                for i in range(len(longest))
+            ]
+        members = [v[_MEMBERS] for v in by_rank if v.get(_MEMBERS) is not None]
+        if members:
+            found[_MEMBERS] = [
+                list(
+                    dict.fromkeys(
+                        name for groups in members if len(groups) > i for name in groups[i]
+                    )
+                )
+                for i in range(max(map(len, members)))
+            ]
+        return found
 
     def _mapping(self, path: str, trees: Sequence[tuple[int, Any]]) -> Any:
         columns: dict[str, list[tuple[int, Any]]] = {}

@@ -112,7 +112,8 @@ def _install(
         live.take_model_values(found)
     if live.has_optimizer and values.param_groups is not None:
         live.take_optimizer_state(targets.optimizer.state)
-        options = read_tree(values.param_groups, others, "param_groups")
+        stored = read_tree(values.param_groups, others, "param_groups")
+        options = live.fit_groups(stored, values.group_parameters)
         if wanted.strict or len(options) == live.num_groups:
             live.take_group_options(options)
     for name, state in read_tree(dict(states), others, "stateful").items():

@@ -67,13 +67,15 @@ def await_builds(
 
 
 def locks(is_wanted: Callable[[str], bool] = lambda operator: True) -> list[Path]:
-    """Locks in the folder where torch builds extensions for this Python and device, of the operators that
-    are asked for by name."""
+    """Locks in the folders where torch builds extensions, of the operators that are asked for by name."""
+    found: set[Path] = set()
     try:
-        root = Path(cpp_extension._get_build_directory(ON_CPU, verbose=False)).parent
-        return [lock for lock in sorted(root.glob(f"*/{LOCK}")) if is_wanted(lock.parent.name)]
+        own = Path(cpp_extension._get_build_directory(ON_CPU, verbose=False)).parent
+        found.update(own.glob(f"*/{LOCK}"))
+        found.update(Path(cpp_extension.get_default_build_root()).glob(f"*/*/{LOCK}"))
     except OSError:  # nothing can be built there, and nothing is waited for
-        return []
+        pass
+    return sorted(lock for lock in found if is_wanted(lock.parent.name))
 
 
 def is_stale(lock: Path) -> bool:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import time
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
@@ -181,19 +182,18 @@ def _cautious_step(torch: Any) -> str:
 
 
 def _blocked_by_lock(torch: Any) -> str:
-    """Names a lock of a build of an operator of DeepSpeed's, at which it would wait."""
+    """Names a lock that a killed build of one of DeepSpeed's operators has left: DeepSpeed would wait for it
+    without end. A lock of the last minute may be that of a build under way."""
     if torch is None:
         return ""
     try:
         locks = importlib.import_module("effx_dist.engines.build_locks")
-        found = [lock for lock in locks.locks() if lock.parent.name.startswith("deepspeed")]
-        if not found:
-            return ""
-        if locks.is_stale(found[0]):
-            return f"{found[0]} is left of a build that was killed: remove it, or let effx_dist.deepspeed do it"
+        for lock in locks.locks():
+            if time.time() - lock.stat().st_mtime > locks.IDLE_S and locks.is_stale(lock):
+                return f"{lock} blocks its start: remove it, or let effx_dist.deepspeed do so"
     except Exception as error:  # nothing to find is no reason to fail
         return f"{type(error).__name__}: {error}"
-    return f"{found[0]}: a build is under way, or was killed on another machine; remove it in that case"
+    return ""
 
 
 def _feature(name: str, obstacle: str, note: str = "") -> Part:

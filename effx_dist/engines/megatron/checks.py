@@ -9,9 +9,9 @@ import megatron.core
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
+from effx_dist.engines.megatron.versions import TESTED_VERSIONS
 from effx_dist.errors import ConfigError
 
-TESTED_VERSION = "0.16.1"
 _KINDS = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
 _NEEDED = {
     DistributedOptimizer: (
@@ -39,15 +39,30 @@ _DDP_SETTINGS = {
 }
 
 
-def check(optimizers: Sequence[Any], model_chunks: Sequence[Any]) -> None:
+def check(whole: Any, optimizers: Sequence[Any], model_chunks: Sequence[Any]) -> None:
     """Refuse what the adapter cannot work with. No communication is performed.
+
+    Args:
+        whole: what get_megatron_optimizer has made, or None.
+        optimizers: those behind it that hold parameters here.
+        model_chunks: of the job.
 
     Raises ConfigError: every problem is listed, with what to do.
     """
-    found = [*_of_optimizers(optimizers), *_of_chunks(model_chunks)]
+    found = [*_of_whole(whole), *_of_chunks(model_chunks)]
+    found = found or [*_of_optimizers(optimizers)]
     if found:
         heading = "effx_dist.megatron.attach: cannot work with this:"
         raise ConfigError("\n  ".join([heading, *dict.fromkeys(found)]))
+
+
+def _of_whole(whole: Any) -> Iterator[str]:
+    if type(whole).__name__ == "LayerWiseDistributedOptimizer":
+        yield (
+            "optimizer: LayerWiseDistributedOptimizer gives each data-parallel rank parameters of its own, of "
+            "which the others hold nothing; use the distributed optimizer (use_layer_wise_distributed_optimizer "
+            "off)"
+        )
 
 
 def _of_optimizers(optimizers: Sequence[Any]) -> Iterator[str]:
@@ -57,14 +72,23 @@ def _of_optimizers(optimizers: Sequence[Any]) -> Iterator[str]:
             names = ", ".join(known.__name__ for known in _KINDS)
             yield f"optimizer: {type(optimizer).__name__} is none of {names}; use OptimizerConfig(optimizer='adam')"
             continue
+        inner = type(getattr(optimizer, "optimizer", None))
+        if "muon" in inner.__name__.lower():
+            yield (
+                f"optimizer: {inner.__name__} orthogonalises whole matrices, which no rank of a tensor-parallel or "
+                "partitioned job holds, so that its steps can neither be masked nor its state be cut elsewhere; "
+                "use OptimizerConfig(optimizer='adam')"
+            )
+            continue
         for name, reason in _OPTIMIZER_SETTINGS.items():
             if getattr(optimizer.config, name, False):
                 yield f"OptimizerConfig.{name}=True: {reason}; must be False"
         missing = [name for name in _NEEDED[kind] if not hasattr(optimizer, name)]
         if missing and not _settings_explain(optimizer):
             yield (
-                f"megatron-core {megatron.core.__version__}: {kind.__name__} has no {', '.join(missing)}, which "
-                f"the adapter was written for in {TESTED_VERSION}; use that version"
+                f"optimizer: this {kind.__name__} of megatron-core {megatron.core.__version__} has no "
+                f"{', '.join(missing)}, which the adapter needs and finds on those that get_megatron_optimizer makes "
+                f"(tested with {' and '.join(TESTED_VERSIONS)})"
             )
 
 

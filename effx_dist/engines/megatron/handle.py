@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effx_dist.config import EffxConfig
 from effx_dist.engines.megatron.cautious import cautious_form, make_cautious
@@ -12,8 +12,11 @@ from effx_dist.engines.megatron.checks import check
 from effx_dist.engines.megatron.data import DataFeed
 from effx_dist.engines.megatron.fragments import inner_optimizers, unwrapped
 from effx_dist.engines.megatron.layout import Layout, survey
-from effx_dist.engines.megatron.strategies import ExcpLoadStrategy, ExcpSaveStrategy
+from effx_dist.engines.megatron.versions import has_strategies, strategies
 from effx_dist.shard import as_group
+
+if TYPE_CHECKING:
+    from effx_dist.engines.megatron.strategies import ExcpLoadStrategy, ExcpSaveStrategy
 
 
 def attach(
@@ -25,6 +28,9 @@ def attach(
 ) -> Handle:
     """Add what ``cfg`` asks for to a Megatron-core job. Call on every rank, once, after
     ``get_megatron_optimizer`` and before the first step; collective over all ranks.
+
+    ``dist_checkpointing.load`` without a strategy then reads what the save strategy wrote, by the handle
+    that was attached last.
 
     Args:
         optimizer: what get_megatron_optimizer has made; None where nothing is trained: weights can be
@@ -42,8 +48,11 @@ def attach(
     chunks = list(model_chunks) if isinstance(model_chunks, Sequence) else [model_chunks]
     optimizers = [] if optimizer is None else inner_optimizers(optimizer)
     group = as_group(None)
-    group.everywhere(lambda: check(optimizers, chunks), keep_own_error=True)
-    return Handle(survey(optimizer, chunks), cfg if cfg is not None else EffxConfig(), vocab_size)
+    group.everywhere(lambda: check(optimizer, optimizers, chunks), keep_own_error=True)
+    handle = Handle(survey(optimizer, chunks), cfg if cfg is not None else EffxConfig(), vocab_size)
+    if has_strategies():
+        strategies().register(handle, optimizer)
+    return handle
 
 
 class Handle(DataFeed, JobCheckpoints):
@@ -88,12 +97,16 @@ class Handle(DataFeed, JobCheckpoints):
         return found
 
     def save_strategy(self) -> ExcpSaveStrategy:
-        """For ``dist_checkpointing.save(..., sharded_strategy=...)``; see :class:`ExcpSaveStrategy`."""
-        return ExcpSaveStrategy(self)
+        """For ``dist_checkpointing.save(..., sharded_strategy=...)``; see :class:`ExcpSaveStrategy`. Raises
+        MissingEngineError where Megatron-core has no place for one."""
+        made: ExcpSaveStrategy = strategies().ExcpSaveStrategy(self)
+        return made
 
     def load_strategy(self) -> ExcpLoadStrategy:
-        """For ``dist_checkpointing.load(..., sharded_strategy=...)``."""
-        return ExcpLoadStrategy(self)
+        """For ``dist_checkpointing.load(..., sharded_strategy=...)``; where none is given, it is used for
+        checkpoints that the save strategy wrote. Raises MissingEngineError as :meth:`save_strategy`."""
+        made: ExcpLoadStrategy = strategies().ExcpLoadStrategy(self)
+        return made
 
     def __enter__(self) -> Handle:
         return self

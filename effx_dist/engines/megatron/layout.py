@@ -8,6 +8,8 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
 from effx_dist.checkpoint.joints import TensorFacts
 from effx_dist.engines.megatron.fragments import (
     MainParam,
@@ -55,6 +57,18 @@ class Layout:
     def param_groups(self) -> list[dict[str, Any]]:
         """Of all inner optimizers, one behind the other."""
         return [g for optimizer in self.optimizers for g in optimizer.optimizer.param_groups]
+
+    @cached_property
+    def gathering_chunks(self) -> list[Any]:
+        """The DistributedDataParallel modules that gather parameters which an optimizer has cut: the
+        optimizers' own, since a caller may have given what they wrap."""
+        chunks = [
+            chunk
+            for optimizer in self.optimizers
+            if isinstance(optimizer, DistributedOptimizer)
+            for chunk in optimizer.model_chunks
+        ]
+        return list({id(chunk): chunk for chunk in chunks}.values())
 
     @cached_property
     def by_param(self) -> dict[int, tuple[Any, MainParam]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from effx_dist.checkpoint import Fragment
@@ -63,7 +62,9 @@ class MegatronState(LiveState):
     def model_state(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             member.name: Fragment(
-                self._shape(member.name, member.facts.shape), member.facts.dtype, []
+                self._shape(member.name, member.facts.shape),
+                self._dtype(member.name, member.facts.dtype),
+                [],
             )
             for member in self._layout.members
         }
@@ -116,6 +117,26 @@ class MegatronState(LiveState):
     def num_groups(self) -> int:
         return len(self._layout.param_groups)
 
+    def fit_groups(
+        self, options: list[dict[str, Any]], parameters: list[list[str]] | None
+    ) -> list[dict[str, Any]]:
+        """By the names of the parameters: how many groups there are, and in which order, depends on the
+        expert-parallel size."""
+        if parameters is None or len(parameters) != len(options):
+            return options
+        saved_in = {name: number for number, names in enumerate(parameters) for name in names}
+        found = []
+        for number, names in enumerate(self._layout.group_parameters):
+            saved = {saved_in[name] for name in names if name in saved_in}
+            given = [options[i] for i in sorted(saved)]
+            if any(_without_step(one) != _without_step(given[0]) for one in given[1:]):
+                raise LayoutMismatchError(
+                    f"parameter group {number} ({', '.join(names[:3])}, ...) holds parameters of groups "
+                    f"{sorted(saved)} of the checkpoint, whose options differ; make the same groups"
+                )
+            found.append(given[0] if given else group_options(self._layout.param_groups)[number])
+        return found
+
     def take_group_options(self, options: list[dict[str, Any]]) -> None:
         steps = [group.get(_STEP) for group in self._layout.param_groups]
         take_group_options(self._layout.param_groups, options)
@@ -146,8 +167,7 @@ class MegatronState(LiveState):
         """From the master weights to the parameters that compute, by Megatron's own ways."""
         for parameter, wide in self._wider:
             parameter.copy_(wide)
-        is_cut = any(isinstance(found, DistributedOptimizer) for found in self._layout.optimizers)
-        gathered = self._layout.model_chunks if is_cut else []
+        gathered = self._layout.gathering_chunks
         for chunk in gathered:
             if chunk.ddp_config.overlap_param_gather:
                 # where one is under way, Megatron waits for that one and begins no other
@@ -164,6 +184,18 @@ class MegatronState(LiveState):
         if saved is None or name not in self._layout.padded or saved.shape[1:] != shape[1:]:
             return shape
         return saved.shape
+
+    def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """A tensor's own dtype, or the checkpoint's where weights alone are loaded and rounded from it; on
+        ranks that hold nothing of it as on those that do."""
+        saved = self._saved.get(name)
+        is_rounded = saved is not None and (dtype, saved.dtype) in _ROUNDED
+        return saved.dtype if saved is not None and is_rounded and self._rounds else dtype
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether nothing is trained, on any rank: then there are no master weights to fill."""
+        return not any(member.group_index >= 0 for member in self._layout.members)
 
     def _fragment(self, param: MainParam, local: torch.Tensor) -> Fragment:
         parts = [(piece.box, piece.view(local.detach())) for piece in param.pieces]
@@ -183,9 +215,7 @@ class MegatronState(LiveState):
     def _as_it_is(self, placement: Placement) -> Fragment:
         """A tensor that no optimizer steps."""
         tensor = placement.tensor.detach()
-        saved = self._saved.get(placement.name)
-        is_rounded = saved is not None and (tensor.dtype, saved.dtype) in _ROUNDED
-        if is_rounded and not self._layout.optimizers:
+        if self._dtype(placement.name, tensor.dtype) != tensor.dtype:
             wide = tensor.float()
             self._wider.append((tensor, wide))
             tensor = wide
@@ -309,6 +339,10 @@ def _add_steps(inner: torch.optim.Optimizer) -> None:
         for state in inner.state.values():
             if "exp_avg" in state and _STEP not in state:
                 state[_STEP] = torch.tensor(0.0)
+
+
+def _without_step(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != _STEP}
 
 
 def _layout_name() -> str:

@@ -6,9 +6,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
@@ -17,10 +18,13 @@ from megatron.core.dist_checkpointing.dict_utils import (
     extract_matching_values,
     nested_values,
 )
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import (
     AsyncSaveShardedStrategy,
     LoadShardedStrategy,
+    StrategyAction,
+    register_default_strategy,
 )
 from megatron.core.dist_checkpointing.strategies.common import (
     TorchCommonLoadStrategy,
@@ -28,15 +32,20 @@ from megatron.core.dist_checkpointing.strategies.common import (
 )
 
 from effx_dist.checkpoint import PendingSave
+from effx_dist.checkpoint.convert.megatron_llama import MEGATRON
+from effx_dist.checkpoint.matching import MODEL
 from effx_dist.checkpoint.reader import open_checkpoint
+from effx_dist.checkpoint.training_state import run_values
 from effx_dist.engines.megatron.checkpoint import JobCheckpoints
 from effx_dist.engines.megatron.fragments import Placement
-from effx_dist.errors import ConfigError
+from effx_dist.errors import ConfigError, EffxError
 
 BACKEND, VERSION = "effx", 1
 """What Megatron writes into ``metadata.json`` of a checkpoint that the strategies made."""
 CHAIN = "effx"
 """The folder beside Megatron's own that holds the compressed checkpoints of all iterations."""
+KEYS = "sharded_keys"
+"""Where a checkpoint keeps the keys that Megatron gave the tensors, of all ranks."""
 _OPTIMIZER_KEY = re.compile(r"(chained_[0-9]+\.)?optimizer\.")
 _NUMBER = re.compile(r"[0-9]+")
 _POLL_S = 0.2
@@ -87,7 +96,9 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
             return place
 
         chain, iteration = layout.group.everywhere(prepare, keep_own_error=True)
-        return self._checkpoints.save_checkpoint(chain, iteration)
+        own = sorted({sharded.key for sharded in _tensors(sharded_state_dict)})
+        keys = sorted({key for row in layout.group.all_gather_object(own) for key in row})
+        return self._checkpoints.save_described(chain, iteration, {KEYS: keys})
 
 
 class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
@@ -99,6 +110,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
 
     def __init__(self, checkpoints: JobCheckpoints) -> None:
         self._checkpoints = checkpoints
+        self._is_lenient = False
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
         if loaded_backend != BACKEND:
@@ -126,8 +138,12 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
             for value in nested_values(sharded_state_dict)
         )
         wants_optimizer = any(layout.group.all_gather_object(asked))
+        is_lenient, self._is_lenient = self._is_lenient, False
         self._checkpoints.load_checkpoint(
-            chain, iteration=iteration, load_optimizer=wants_optimizer
+            chain,
+            iteration=iteration,
+            load_optimizer=wants_optimizer,
+            strict=not is_lenient and self._holds_no_more(chain, iteration),
         )
         if wants_optimizer:
             tensors = _tensors(sharded_state_dict)
@@ -145,16 +161,86 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
         )
 
     def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        """What Megatron compares with the state dict for every ``strict`` but "assume_ok_unexpected". What
+        it then finds to differ it raises, logs or returns itself, and the load that follows leaves alone
+        what only one side has."""
+        self._is_lenient = True
         objects: dict[str, Any] = _OBJECTS.load_sharded_metadata(checkpoint_dir)
         return objects | self.load_tensors_metadata(checkpoint_dir)
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedTensor]:
+        """Outlines of the tensors with Megatron's own keys, by these and by the names here.
+
+        The optimizer's keys depend on the format and the layout that are asked for, and any can be filled:
+        they are those that the optimizer was last asked for, where the checkpoint holds an optimizer.
+        """
         chain, iteration = chain_of(checkpoint_dir)
         with open_checkpoint(chain, iteration) as opened:
-            return {
-                name: _outline(name, tuple(record.shape), record.torch_dtype)
-                for name, record in opened.top.manifest.tensors.items()
-            }
+            manifest = opened.top.manifest
+        told = run_values(manifest).extra.get(MEGATRON, {})
+        saved = told.get(KEYS)
+        if saved is None:
+            raise ConfigError(
+                f"{checkpoint_dir}: does not say by which keys Megatron knew its tensors, as no release before "
+                'kept them; load it with strict="assume_ok_unexpected"'
+            )
+        keys = [key for key in saved if not _OPTIMIZER_KEY.match(key)]
+        if len(keys) < len(saved):
+            keys += _asked.get(self._checkpoints) or [key for key in saved if key not in keys]
+        found = {key: _outline(key, (), torch.float32) for key in keys}
+        for name, record in manifest.tensors.items():
+            if (
+                key := name.removeprefix(f"{MODEL}.")
+            ) in found:  # not stacked with those of other layers
+                found[name] = _outline(key, tuple(record.shape), record.torch_dtype)
+        return found
+
+    def _holds_no_more(self, chain: Path, iteration: int) -> bool:
+        """Whether the checkpoint holds nothing of the model that the job has not: Megatron ignores what
+        nobody asks for."""
+        own = {f"{MODEL}.{member.name}" for member in self._checkpoints.layout.members}
+
+        def look() -> bool:
+            with open_checkpoint(chain, iteration) as opened:
+                names = opened.top.manifest.tensors
+            return all(name in own for name in names if name.startswith(f"{MODEL}."))
+
+        return all(self._checkpoints.layout.group.all_gather_object(_or_true(look)))
+
+
+_asked: WeakKeyDictionary[JobCheckpoints, list[str]] = WeakKeyDictionary()
+"""Keys of the optimizer's tensors in the state dict that it gave last, of this rank."""
+
+
+def register(checkpoints: JobCheckpoints, optimizer: Any) -> None:
+    """Let ``dist_checkpointing.load`` find the strategy by what ``metadata.json`` says, and note for which
+    tensors the optimizer asks. No communication is performed."""
+    register_default_strategy(
+        StrategyAction.LOAD_SHARDED, BACKEND, VERSION, ExcpLoadStrategy(checkpoints)
+    )
+    if optimizer is None:
+        return
+    of_optimizer = optimizer.sharded_state_dict
+
+    def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
+        found = of_optimizer(*args, **kwargs)
+        keys = {
+            value.key
+            for value in nested_values(found)
+            if isinstance(value, ShardedTensor | ShardedTensorFactory) and _of_optimizer(value)
+        }
+        _asked[checkpoints] = sorted(keys)
+        return found
+
+    optimizer.sharded_state_dict = sharded_state_dict
+
+
+def _or_true(look: Callable[[], bool]) -> bool:
+    """What cannot be looked at is found out, and raised, by the load itself."""
+    try:
+        return look()
+    except EffxError:
+        return True
 
 
 def chain_of(checkpoint_dir: str | Path) -> tuple[Path, int]:
@@ -175,7 +261,7 @@ def _tensors(sharded_state_dict: Any) -> list[ShardedTensor]:
     ]
 
 
-def _of_optimizer(sharded: ShardedTensor | ShardedObject) -> bool:
+def _of_optimizer(sharded: ShardedTensor | ShardedObject | ShardedTensorFactory) -> bool:
     return _OPTIMIZER_KEY.match(sharded.key) is not None
 
 
