@@ -85,6 +85,7 @@ class PretrainHooks:
         self._num_workers = num_workers
         self._training = _megatron_lm()
         self._own: dict[str, Any] = {}
+        self._is_loading = False
         self.handle: Handle | None = None
 
     def __enter__(self) -> PretrainHooks:
@@ -155,7 +156,7 @@ class PretrainHooks:
     def _make_sampler(self, handle: Handle) -> None:
         if self._given is None:
             raise ConfigError("effx.infobatch: is on, so pretrain_hooks needs the train_dataset")
-        is_made = hasattr(self._given, "__getitem__")
+        is_made = hasattr(type(self._given), "__getitem__")  # a class has it, and makes one
         self._dataset = self._given if is_made else self._given()
         arguments = self._arguments()
         sampler = handle.make_sampler(
@@ -172,7 +173,10 @@ class PretrainHooks:
             own_step = scheduler.step
 
             def step(increment: int) -> None:
-                """At the end of Megatron's step, on every rank."""
+                """At the end of Megatron's step, on every rank. A schedule that is loaded steps as well."""
+                if self._is_loading:
+                    own_step(increment)
+                    return
                 scheduler.step = own_step  # which advance calls
                 try:
                     handle.advance(scheduler)
@@ -220,7 +224,14 @@ class PretrainHooks:
             extra={**counters, "operations": float(num_floating_point_operations_so_far)},
         )
 
-    def _load_checkpoint(
+    def _load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+        self._is_loading = True
+        try:
+            return self._load(*args, **kwargs)
+        finally:
+            self._is_loading = False
+
+    def _load(
         self,
         ddp_model: Any,
         optimizer: Any,
