@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -64,15 +65,16 @@ BLOCK = {
     "cautious": {"implementation": "eager"},
     "excp": {"profile": "lossless", "async_mode": "sync", "keep_latest_k": 0},
 }
-ARGUMENTS = (
+ARGUMENTS = shlex.split(
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
     "--micro-batch-size 2 --global-batch-size 8 --train-iters 1000 --lr 1e-2 --lr-decay-style linear "
     "--eval-iters 0 --eval-interval 1000 --log-interval 1 --distributed-backend gloo --transformer-impl local "
-    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion "
-    "--no-persist-layer-norm --tokenizer-type NullTokenizer --vocab-size 63 --use-distributed-optimizer "
-    "--dataloader-type external --hidden-dropout 0 --attention-dropout 0 --no-rope-fusion --no-create-attention-mask-in-dataloader "
-    "--normalization LayerNorm --make-vocab-size-divisible-by 16 --seed 7 --num-workers 0"
-).split()
+    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion "
+    "--no-bias-dropout-fusion --no-persist-layer-norm --tokenizer-type NullTokenizer --vocab-size 63 "
+    "--use-distributed-optimizer --dataloader-type external --hidden-dropout 0 --attention-dropout 0 "
+    "--no-rope-fusion --no-create-attention-mask-in-dataloader --normalization LayerNorm "
+    "--make-vocab-size-divisible-by 16 --seed 7 --num-workers 0"
+)
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
