@@ -37,7 +37,7 @@ _STORABLE = (
     *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     *("float4_e2m1fn_x2", "bool", "int64", "int32", "int16", "int8"),
-    *("uint64", "uint32", "uint16", "uint8", "bits16", "bits8", "bits4x2", "bits2x4", "bits1x8"),
+    *("uint64", "uint32", "uint16", "uint8"),
 )
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in _STORABLE if hasattr(torch, name)

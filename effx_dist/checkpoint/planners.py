@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -135,6 +136,10 @@ class ExcpLoadPlanner(DefaultLoadPlanner):
         # The stock planner maps objects it does not know to None; fragments are handed to it one by one instead.
         fragments = {name: v for name, v in state_dict.items() if isinstance(v, Fragment)}
         rest = {name: v for name, v in state_dict.items() if name not in fragments}
+        if not dist.is_initialized():  # torch asks the group for the device
+            rest |= {
+                name: torch.empty_like(v, device="cpu") for name, v in rest.items() if _is_meta(v)
+            }
         super().set_up_planner(rest, metadata, is_coordinator)
         state_dict.update(rest)  # tensors on the meta device have been replaced by real ones
         self.original_state_dict = state_dict
@@ -161,6 +166,10 @@ class ExcpLoadPlanner(DefaultLoadPlanner):
             set_element(self.original_state_dict, self.mappings[fqn], loaded)
         else:
             self.original_state_dict[fqn] = loaded
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _no_tensor(path: str) -> torch.Tensor:
