@@ -85,7 +85,7 @@ class CautiousAdamW(CautiousOptimizer):
             fused=fused,
             amsgrad=amsgrad,
             differentiable=differentiable,
-            decoupled_weight_decay=decoupled_weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay or not weight_decay,
         )
         defaults = {
             "lr": lr,

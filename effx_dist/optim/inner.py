@@ -176,7 +176,8 @@ def _follows(kept: torch.Tensor, move: Moved) -> bool:
         return False
     here = local.double()
     moved = (here - move.before.double()).abs().max()
-    return bool(moved > 0) and bool((kept.to(here) - here).abs().max() <= _CLOSE * moved)
+    there = kept.to(local.dtype).double()  # rounded as a master is
+    return bool(moved > 0) and bool((there - here).abs().max() <= _CLOSE * moved)
 
 
 def _mark(param: torch.Tensor, with_bits: bool) -> Mark:
