@@ -132,7 +132,7 @@ def a_reference_model(_: Path) -> None:
     from effx_dist.engines import deepspeed
 
     config = merged(BASE, {"zero_optimization": {"stage": 0}, "effx": {"cautious": {}}})
-    engine, optimizer, *_ = deepspeed.initialize(model=Model(), config=config)
+    engine, *_ = deepspeed.initialize(model=Model(), config=config)
     assert torch.isfinite(engine(tokens_of(0)))
     assert engine.effx.alignment == {}
     engine.destroy()

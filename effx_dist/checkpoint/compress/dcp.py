@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -50,6 +51,14 @@ _DESCRIPTIONS = {
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "collections": {"OrderedDict"},
 }
+_PASSED_OVER = {
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    },
+}
+"""What torch's plan caching and Megatron keep in the metadata beside the description (``all_local_plans``)."""
+_OF_OPTIMIZER = re.compile(r"(chained_[0-9]+\.)?(optimizer|optim)\.")
+"""Keys of Megatron's optimizers, which are in the folder beside the model's."""
 
 
 def open_dcp(path: Path, options: ReadOptions) -> PlainContent:
@@ -63,7 +72,8 @@ def open_dcp(path: Path, options: ReadOptions) -> PlainContent:
     tree: dict[Any, Any] = {}
     for fqn, entry in metadata.state_dict_metadata.items():
         place = paths.get(fqn) or _place_of(fqn)
-        if options.weights_only and any(key in place[:2] for key in OPTIMIZER_KEYS):
+        is_optimizers = any(key in place[:2] for key in OPTIMIZER_KEYS) or _OF_OPTIMIZER.match(fqn)
+        if options.weights_only and is_optimizers:
             continue
         if isinstance(entry, TensorStorageMetadata):
             set_element(tree, place, _tensor(reader, fqn, entry))
@@ -179,6 +189,16 @@ class _ValuePlanner(DefaultLoadPlanner):
         self.value = torch.load(value, map_location="cpu", weights_only=True)
 
 
+class _PassedOver:
+    """Stands for an object that is not needed: takes whatever state a pickle gives it, and keeps none."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class _RefusedError(Exception):
     """A pickle names what it need not."""
 
@@ -189,6 +209,8 @@ class _Descriptions(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _DESCRIPTIONS.get(module, ()):
             return super().find_class(module, name)
+        if name in _PASSED_OVER.get(module, ()):
+            return _PassedOver
         found = getattr(torch, name, None) if module == "torch" else None
         if found is torch.Size or isinstance(found, torch.dtype):
             return found

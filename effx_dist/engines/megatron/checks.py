@@ -49,8 +49,7 @@ def check(whole: Any, optimizers: Sequence[Any], model_chunks: Sequence[Any]) ->
 
     Raises ConfigError: every problem is listed, with what to do.
     """
-    found = [*_of_whole(whole), *_of_chunks(model_chunks)]
-    found = found or [*_of_optimizers(optimizers)]
+    found = [*_of_whole(whole)] or [*_of_optimizers(optimizers), *_of_chunks(model_chunks)]
     if found:
         heading = "effx_dist.megatron.attach: cannot work with this:"
         raise ConfigError("\n  ".join([heading, *dict.fromkeys(found)]))

@@ -129,12 +129,14 @@ class MegatronState(LiveState):
         for number, names in enumerate(self._layout.group_parameters):
             saved = {saved_in[name] for name in names if name in saved_in}
             given = [options[i] for i in sorted(saved)]
-            if any(_without_step(one) != _without_step(given[0]) for one in given[1:]):
+            if any(_chosen(one) != _chosen(given[0]) for one in given[1:]):
                 raise LayoutMismatchError(
                     f"parameter group {number} ({', '.join(names[:3])}, ...) holds parameters of groups "
                     f"{sorted(saved)} of the checkpoint, whose options differ; make the same groups"
                 )
-            found.append(given[0] if given else group_options(self._layout.param_groups)[number])
+            own = group_options(self._layout.param_groups[number : number + 1])[0]
+            laid_out = {key: own[key] for key in _LAID_OUT & own.keys()}
+            found.append({**(given[0] if given else own), **laid_out})
         return found
 
     def take_group_options(self, options: list[dict[str, Any]]) -> None:
@@ -341,8 +343,12 @@ def _add_steps(inner: torch.optim.Optimizer) -> None:
                 state[_STEP] = torch.tensor(0.0)
 
 
-def _without_step(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != _STEP}
+_LAID_OUT = frozenset({"is_expert_parallel"})
+"""Options of a group that the layout decides, not the user."""
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k != _STEP and k not in _LAID_OUT}
 
 
 def _layout_name() -> str:

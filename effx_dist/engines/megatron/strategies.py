@@ -44,6 +44,7 @@ BACKEND, VERSION = "effx", 1
 """What Megatron writes into ``metadata.json`` of a checkpoint that the strategies made."""
 CHAIN = "effx"
 """The folder beside Megatron's own that holds the compressed checkpoints of all iterations."""
+_SHARDED = (ShardedTensor, ShardedObject, ShardedTensorFactory)
 KEYS = "sharded_keys"
 """Where a checkpoint keeps the keys that Megatron gave the tensors, of all ranks."""
 _OPTIMIZER_KEY = re.compile(r"(chained_[0-9]+\.)?optimizer\.")
@@ -96,7 +97,12 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
             return place
 
         chain, iteration = layout.group.everywhere(prepare, keep_own_error=True)
-        own = sorted({sharded.key for sharded in _tensors(sharded_state_dict)})
+        own = sorted(
+            value.key
+            for value in nested_values(sharded_state_dict)
+            if isinstance(value, ShardedTensor)
+            or (isinstance(value, ShardedObject) and _of_optimizer(value))
+        )
         keys = sorted({key for row in layout.group.all_gather_object(own) for key in row})
         return self._checkpoints.save_described(chain, iteration, {KEYS: keys})
 
@@ -227,7 +233,7 @@ def register(checkpoints: JobCheckpoints, optimizer: Any) -> None:
         keys = {
             value.key
             for value in nested_values(found)
-            if isinstance(value, ShardedTensor | ShardedTensorFactory) and _of_optimizer(value)
+            if isinstance(value, _SHARDED) and _of_optimizer(value)
         }
         _asked[checkpoints] = sorted(keys)
         return found
