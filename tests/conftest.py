@@ -65,3 +65,9 @@ def folder(original: Path, tmp_path: Path) -> Path:
     """A copy of the small chain, to be damaged."""
     shutil.copytree(original, tmp_path / "run")
     return tmp_path / "run"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Checkouts of others, for tests/foreign."""
+    parser.addoption("--pytorch", help="a checkout of PyTorch, whose tests of checkpoints are run")
+    parser.addoption("--megatron-lm", help="a checkout of Megatron-LM, whose pretrain() is run")

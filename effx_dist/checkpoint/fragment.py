@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import ChunkStorageMetadata, WriteItem
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effx_dist.checkpoint.joints import TensorFacts
 from effx_dist.checkpoint.manifest import DTYPES
@@ -48,6 +51,8 @@ class Fragment:
         is its own description."""
         if isinstance(value, Fragment):
             return value
+        if isinstance(value, torch.Tensor):
+            _refuse_subclass(name, local_of(value))
         checked_dtype(name, value.local.dtype if isinstance(value, LocalRows) else value.dtype)
         if isinstance(value, LocalRows):
             is_held = value.local.numel() or not math.prod(value.global_shape)
@@ -95,6 +100,31 @@ class Fragment:
             if box.offsets == offsets:
                 return part
         raise KeyError(f"{index.fqn}: no piece at {offsets} on this rank")
+
+
+def plain_parts(name: str, value: Any) -> dict[str, Any]:
+    """A tensor that is made of others (torchao's quantised ones), as those, by their attributes' names; any
+    other leaf as it is. They share its memory: what a load fills of them is in it."""
+    if not _is_made_of_others(value):
+        return {name: value}
+    attributes, _ = value.__tensor_flatten__()
+    found: dict[str, Any] = {}
+    for attribute in attributes:
+        found |= plain_parts(f"{name}.{attribute}", getattr(value, attribute))
+    return found
+
+
+def _is_made_of_others(value: Any) -> bool:
+    return not isinstance(value, DTensor) and is_traceable_wrapper_subclass(value)
+
+
+def _refuse_subclass(name: str, local: Any) -> None:
+    if is_traceable_wrapper_subclass(local):
+        raise TypeError(
+            f"{name}: is a {type(local).__name__}, which is made of other tensors; as a parameter or buffer of a "
+            "model that is whole on each rank it is saved by these, here it is not: hand them over, or "
+            "dequantise it"
+        )
 
 
 def checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -174,6 +174,8 @@ class TorchState(LiveState):
         return self._optimizer
 
     def model_state(self) -> dict[str, Any]:
+        if not self._model.state_dict().keys():  # which torch takes for a mistake
+            return {}
         return cast(dict[str, Any], get_model_state_dict(self._model))
 
     def tied_names(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from effx_dist.checkpoint.bounds import empty_for
-from effx_dist.checkpoint.fragment import Fragment
+from effx_dist.checkpoint.fragment import Fragment, plain_parts
 from effx_dist.checkpoint.joints import TensorFacts, is_spread
 from effx_dist.checkpoint.live import LiveState
 from effx_dist.checkpoint.manifest import Manifest, short
@@ -130,8 +130,12 @@ def _model_leaves(live: LiveState) -> tuple[dict[str, Leaf], dict[str, str], dic
         if not isinstance(value, Leaf):
             values[name] = tree_to_json(value, f"{MODEL}.{name}", leaves)
         elif name not in tied:
-            leaves[f"{MODEL}.{name}"] = value
-    aliases = {f"{MODEL}.{alias}": f"{MODEL}.{name}" for alias, name in tied.items()}
+            leaves |= plain_parts(f"{MODEL}.{name}", value)
+    aliases: dict[str, str] = {}
+    for alias, name in tied.items():
+        first, other = f"{MODEL}.{name}", f"{MODEL}.{alias}"
+        parts = [part for part in leaves if part.startswith(f"{first}.")] or [first]
+        aliases |= {other + part.removeprefix(first): part for part in parts}
     return leaves, aliases, values
 
 
@@ -145,7 +149,7 @@ def _optimizer_leaves(
         for key, value in entries.items():
             path = f"{OPTIMIZER}.{parameter}.{key}"
             if isinstance(value, Leaf):
-                leaves[path] = value
+                leaves |= plain_parts(path, value)
             else:
                 values.setdefault(parameter, {})[key] = tree_to_json(value, path, leaves)
     return leaves, values
@@ -240,9 +244,10 @@ def _optimizer_targets(
     for parameter, entries in state.items():
         saved = names.of(parameter)
         tensors = {
-            f"{OPTIMIZER}.{parameter}.{key}": (tensor, f"{OPTIMIZER}.{saved}.{key}")
-            for key, tensor in entries.items()
-            if isinstance(tensor, Leaf)
+            f"{OPTIMIZER}.{parameter}.{part}": (tensor, f"{OPTIMIZER}.{saved}.{part}")
+            for key, value in entries.items()
+            if isinstance(value, Leaf)
+            for part, tensor in plain_parts(key, value).items()
         }
         has_tensors = any(name in stored for _, name in tensors.values())
         if saved is not None and (has_tensors or saved in values.optimizer_values):
