@@ -55,6 +55,8 @@ class Tied(nn.Module):
 
 def compiled(module: nn.Module) -> nn.Module:
     """torch.compile's wrapper; nothing is compiled before it is called."""
+    if hasattr(module, "get_compiler_config"):
+        return module  # torch refuses to do it twice
     found = torch.compile(module)
     return found if isinstance(found, nn.Module) else module  # once is enough
 

@@ -176,7 +176,13 @@ class TorchState(LiveState):
     def model_state(self) -> dict[str, Any]:
         if not self._model.state_dict().keys():  # which torch takes for a mistake
             return {}
-        return cast(dict[str, Any], get_model_state_dict(self._model))
+        try:
+            return cast(dict[str, Any], get_model_state_dict(self._model))
+        except (AttributeError, AssertionError) as error:
+            raise ConfigError(
+                f"torch's get_model_state_dict cannot name the tensors of this {type(self._model).__name__}: {error}. "
+                "Call no child as torch's own wrappers call theirs (_checkpoint_wrapped_module)"
+            ) from error
 
     def tied_names(self) -> dict[str, str]:
         return tied_names(self._model)

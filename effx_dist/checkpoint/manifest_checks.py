@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from effx_dist.checkpoint.folder import MANIFEST, checked_rank_file_name, checked_sibling_name
 from effx_dist.checkpoint.manifest import (
@@ -93,7 +93,11 @@ def _check_tensor(where: str, record: TensorRecord, manifest: Manifest) -> None:
         return
     _check_tiling(where, record, boxes)
     for chunk in record.chunks:
-        check_chunk(where, record.dtype, record.coding, chunk, manifest.files)
+        if chunk.file >= len(manifest.files):
+            raise CorruptCheckpointError(
+                f"{where}: names file {chunk.file} of {len(manifest.files)}"
+            )
+        check_chunk(where, record.dtype, record.coding, chunk, manifest.files[chunk.file])
 
 
 def _partners(coding: Coding) -> dict[str, str]:
@@ -154,12 +158,10 @@ def _until_past(ordered: list[Box], index: int, box: Box) -> list[Box]:
 
 
 def check_chunk(
-    where: str, dtype: str, coding: Coding, chunk: ChunkRecord, files: Sequence[FileRecord]
+    where: str, dtype: str, coding: Coding, chunk: ChunkRecord, file: FileRecord
 ) -> None:
     """Raise CorruptCheckpointError for a chunk that does not hold its box's elements, or does not lie
     in its file."""
-    if chunk.file >= len(files):
-        raise CorruptCheckpointError(f"{where}: names file {chunk.file} of {len(files)}")
     numel, itemsize, kind = chunk.box.numel, DTYPES[dtype].itemsize, coding.kind
     if chunk.fill is not None:
         if (
@@ -186,19 +188,20 @@ def check_chunk(
         )
     shortest = SHORTEST_BLOCK_BYTES.get(kind, 1)
     for index, block in enumerate(chunk.blocks):
-        if block.offset + block.length > files[chunk.file].bytes:
-            raise CorruptCheckpointError(
-                f"{where}: block {index} lies outside {files[chunk.file].name}"
-            )
+        if block.offset + block.length > file.bytes:
+            raise CorruptCheckpointError(f"{where}: block {index} lies outside {file.name}")
         if block.length < shortest:
             raise CorruptCheckpointError(
                 f"{where}: block {index} has {block.length} bytes; no {kind} block has fewer than {shortest}"
             )
 
 
-def write_manifest(folder: Location, content: bytes) -> None:
+def write_manifest(folder: Location, content: bytes, manifest: Manifest | None = None) -> None:
     """Commit: the manifest appears whole, by fsync and rename, after everything it names is
     durable. Where that cannot be made sure of, it does not stay.
+
+    ``manifest``: what ``content`` was made of, whose fields were checked as it was made; None: read back
+    from ``content``.
 
     Raises UnreadableSaveError, before anything is written, for a manifest that no load would accept.
     """
@@ -209,7 +212,7 @@ def write_manifest(folder: Location, content: bytes) -> None:
             "read back; save fewer or larger tensors, or less in `extra`"
         )
     with refused_by_readers(path):
-        check_manifest(manifest_from_bytes(content, path), path)
+        check_manifest(manifest or manifest_from_bytes(content, path), path)
     try:
         folder.replace_file(MANIFEST, content)
     except BaseException:

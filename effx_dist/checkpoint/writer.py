@@ -187,8 +187,8 @@ class ExcpWriter(SafeStaging, StorageWriter):
                     name = result.index.fqn
                     dtype = str(decision.facts[name].dtype).removeprefix("torch.")
                     coding = decision.coding_of(name, self._measured)
-                    chunk = content.model_copy(update={"file": index_of.get(content.file, 0)})
-                    check_chunk(f"tensor {name!r}", dtype, coding, chunk, records)
+                    of_file = records[index_of.get(content.file, 0)]
+                    check_chunk(f"tensor {name!r}", dtype, coding, content, of_file)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: the manifest, the folder by rename, then ``latest``. Called on the coordinator
@@ -214,7 +214,7 @@ class ExcpWriter(SafeStaging, StorageWriter):
                 f"{self.path}: the checkpoint that it is a difference to was removed by another job; "
                 "the next save stores everything"
             )
-        write_manifest(staging, content)
+        write_manifest(staging, content, self.manifest)
         staging.publish(self.path)
         checksum = manifest_checksum(content, self.path / MANIFEST)
         self.chain.parent = ParentRecord(name=self.path.name, xxh3=checksum)
