@@ -79,6 +79,18 @@ class Masters(Plain):
         param.copy_(master)
 
 
+class Interpolates(Plain):
+    """As schedule-free SGD: the parameter is drawn towards a second sequence of weights, less with each step."""
+
+    def update(self, param: torch.Tensor, by: torch.Tensor) -> None:
+        state = self.state[param]
+        if "z" not in state:
+            state["z"], state["k"] = param.detach().clone(), 0
+        state["k"] += 1
+        state["z"].sub_(by)
+        param.lerp_(state["z"], 1 / state["k"])
+
+
 class Averages(Plain):
     """An average that begins at the parameter, and from which nothing is taken: allowed."""
 

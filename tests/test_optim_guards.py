@@ -23,7 +23,14 @@ from effx_dist.errors import ConfigError, EffxError, LayoutMismatchError
 from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD, cautious
 from effx_dist.optim.base import _slots_on
 from tests.ranks import spawn
-from tests.spoiling_optimizers import Averages, FailsOnDTensors, Masters, Plain, WritesGrad
+from tests.spoiling_optimizers import (
+    Averages,
+    FailsOnDTensors,
+    Interpolates,
+    Masters,
+    Plain,
+    WritesGrad,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +137,12 @@ def test_an_inner_optimizer_with_weights_of_its_own_is_refused(
     params = parameters(dtype)
     with pytest.raises(ConfigError, match=r"optimizer=Masters: keeps weights of its own"):
         steps(cautious(Masters(params, where, own)), params)
+
+
+def test_one_that_interpolates_with_weights_of_its_own_is_refused() -> None:
+    params = parameters()
+    with pytest.raises(ConfigError, match=r"optimizer=Interpolates: keeps weights of its own"):
+        steps(cautious(Interpolates(params)), params)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CLOSE = 1e-3
 """Of the distance that a parameter has moved: a copy that is nearer to where it arrived follows it."""
 
+_STAYS = 0.75
+"""Of the distance between two stand-ins, what an optimiser leaves that steps the parameter itself; decay takes some.
+One that interpolates between the parameter and weights of its own (schedule-free) takes half of it at first."""
+
 Mark = tuple[int, int, int | None]
 
 
@@ -121,27 +125,27 @@ class InnerStep:
 
 
 def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
-    """Whether another step, of a stand-in for one parameter that was moved far away, brings it back.
+    """Whether another step brings a parameter that was moved far away back to one that was not.
 
-    The stand-in has copies of the local parameter, of its gradient and of its state; the optimiser itself
-    is left as it is. Where it cannot step a local tensor alone, that cannot be told, and is taken for no.
+    Two stand-ins have copies of the local parameter, one of them moved, and of its gradient and state; the
+    optimiser itself is left as it is. Where it cannot step local tensors alone, that cannot be told, and
+    is taken for no.
     """
     away = move.local.double().abs().max() + 1
-    stand_in = (move.local.double() + away).to(move.local.dtype).requires_grad_()
-    stand_in.grad = (
-        local_of(move.param.grad).detach().clone() if move.param.grad is not None else None
-    )
-    state = {
-        key: local_of(value).detach().clone()
-        if isinstance(value, torch.Tensor)
-        else deepcopy(value)
-        for key, value in optimizer.state[move.param].items()
-    }
+    here = move.local.detach().clone().requires_grad_()
+    there = (move.local.double() + away).to(move.local.dtype).requires_grad_()
+    state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
+    for stand_in in (here, there):
+        if move.param.grad is not None:
+            stand_in.grad = local_of(move.param.grad).detach().clone()
+        for key, value in optimizer.state[move.param].items():
+            is_tensor = isinstance(value, torch.Tensor)
+            copied = local_of(value).detach().clone() if is_tensor else deepcopy(value)
+            state[stand_in][key] = copied
     group = next(g for g in optimizer.param_groups if any(p is move.param for p in g["params"]))
     probe = object.__new__(type(optimizer))
     probe.__dict__.update(optimizer.__dict__)
-    probe.state = defaultdict(dict, {stand_in: state})
-    probe.param_groups = [{**group, "params": [stand_in]}]
+    probe.state, probe.param_groups = state, [{**group, "params": [here, there]}]
     probe._optimizer_step_pre_hooks, probe._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     try:
         probe.step()
@@ -152,7 +156,8 @@ def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
             type(optimizer).__name__,
         )
         return False
-    return bool((stand_in.detach().double() - move.local.double()).abs().max() < away / 2)
+    apart = (there.detach().double() - here.detach().double()).abs().min()
+    return bool(apart < _STAYS * away)
 
 
 def _lists_in(value: Any, depth: int = 2) -> Iterator[list[torch.Tensor]]:
