@@ -343,3 +343,21 @@ def test_lbfgs_is_refused_and_its_remedy_works(tmp_path: Path) -> None:
         again, its_optimizer = made()
         checkpointer.load(again, stateful={"optimizer": its_optimizer})
     assert step(model, optimizer) == step(again, its_optimizer)
+
+
+@pytest.mark.parametrize("profile", ["excp", "safe", "balanced", "small"])
+def test_amsgrads_largest_moment_is_kept_beside_the_others(profile: str, tmp_path: Path) -> None:
+    model = model_of()
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    config = ExcpConfig.model_validate({"profile": profile, "async_mode": "sync", "base_every": 9})
+    with Checkpointer(tmp_path, config) as checkpointer:
+        for step in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            checkpointer.save(step, model, optimizer)
+        before = {p: s["max_exp_avg_sq"].clone() for p, s in optimizer.state.items()}
+        checkpointer.load(model, optimizer)
+    assert verify_folder(tmp_path, decode=True).findings == []
+    for parameter, value in before.items():
+        assert torch.equal(optimizer.state[parameter]["max_exp_avg_sq"], value), "stored as it is"
