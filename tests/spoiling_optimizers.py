@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import Optimizer
 
 
@@ -100,6 +101,18 @@ class Averages(Plain):
         if "ema" not in state:
             state["ema"] = param.detach().clone()
         state["ema"].lerp_(param, 0.5)
+
+
+class AsksOthers(Averages):
+    """Sums updates over the ranks in its step, as distributed Muons do, and averages on the last of them only."""
+
+    def update(self, param: torch.Tensor, by: torch.Tensor) -> None:
+        by = by.clone()
+        dist.all_reduce(by)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            super().update(param, by)
+        else:
+            Plain.update(self, param, by)
 
 
 class FailsOnDTensors(Plain):

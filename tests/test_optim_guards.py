@@ -24,6 +24,7 @@ from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD, cautious
 from effx_dist.optim.base import _slots_on
 from tests.ranks import spawn
 from tests.spoiling_optimizers import (
+    AsksOthers,
     Averages,
     FailsOnDTensors,
     Interpolates,
@@ -336,6 +337,7 @@ def on_two_ranks() -> dict[str, Any]:
     found["masters"] = outcome(Masters, dtensors(mesh))
     found["plain"] = outcome(Plain, dtensors(mesh))
     found["average"] = outcome(Averages, dtensors(mesh))
+    found["asks others"] = outcome(AsksOthers, parameters())
     found["fails"] = outcome(FailsOnDTensors, dtensors(mesh))
     for name, make in (("adamw", CautiousAdamW), ("wrapped", lambda p: cautious(Plain(p)))):
         found[f"{name}, one rank"] = lacking(make, mesh, lambda rank: [0] if rank == 1 else [])
@@ -361,6 +363,13 @@ def test_masters_of_dtensors_are_found(ran: list[dict[str, Any]]) -> None:
     for of_rank in ran:
         assert "keeps weights of its own" in of_rank["masters"]
         assert (of_rank["plain"], of_rank["average"]) == ("right", "right")
+
+
+@pytest.mark.ranks
+def test_one_rank_tries_nothing_out_that_others_would_have_to_join(
+    ran: list[dict[str, Any]],
+) -> None:
+    assert [of_rank["asks others"] for of_rank in ran] == ["right", "right"]
 
 
 @pytest.mark.ranks

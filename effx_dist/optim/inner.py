@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effx_dist.errors import ConfigError
 from effx_dist.shard import local_of
@@ -24,6 +25,8 @@ _CLOSE = 1e-3
 _STAYS = 0.75
 """Of the distance between two stand-ins, what an optimiser leaves that steps the parameter itself; decay takes some.
 One that interpolates between the parameter and weights of its own (schedule-free) takes half of it at first."""
+
+_COLLECTIVES = ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd")
 
 Mark = tuple[int, int, int | None]
 
@@ -128,8 +131,8 @@ def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
     """Whether another step brings a parameter that was moved far away back to one that was not.
 
     Two stand-ins have copies of the local parameter, one of them moved, and of its gradient and state; the
-    optimiser itself is left as it is. Where it cannot step local tensors alone, that cannot be told, and
-    is taken for no.
+    optimiser itself is left as it is. Where it cannot step local tensors alone, or without the other
+    ranks, that cannot be told, and is taken for no. No communication is performed.
     """
     away = move.local.double().abs().max() + 1
     here = move.local.detach().clone().requires_grad_()
@@ -148,7 +151,8 @@ def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
     probe.state, probe.param_groups = state, [{**group, "params": [here, there]}]
     probe._optimizer_step_pre_hooks, probe._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     try:
-        probe.step()
+        with _Alone():  # type: ignore[no-untyped-call]
+            probe.step()
     except Exception:
         logger.warning(
             "optimizer=%s: keeps a copy of a parameter; if its steps start from that, the mask is undone, which "
@@ -158,6 +162,15 @@ def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
         return False
     apart = (there.detach().double() - here.detach().double()).abs().min()
     return bool(apart < _STAYS * away)
+
+
+class _Alone(TorchDispatchMode):
+    """Collectives fail: one rank tries its optimiser out, and others need not, so that nobody would come."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in _COLLECTIVES:
+            raise RuntimeError(f"{func} among ranks of which one is here")
+        return func(*args, **(kwargs or {}))
 
 
 def _lists_in(value: Any, depth: int = 2) -> Iterator[list[torch.Tensor]]:
