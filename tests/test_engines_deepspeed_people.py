@@ -25,6 +25,7 @@ from effx_dist.engines import build_locks
 from effx_dist.engines.build_locks import BuildLockError, await_builds, is_stale, locks
 from effx_dist.errors import EffxError
 from effx_dist.optim import CautiousAdamW, cautious
+from launch.ranks import free_port
 from tests.deepspeed_checkpoint_runs import LOSSLESS, assert_same, make_engine, state_of, train
 from tests.deepspeed_runs import BASE, Model, be_a_rank, merged, needs_deepspeed, tokens_of
 from tests.ranks import spawn
@@ -353,7 +354,7 @@ def test_a_start_after_a_killed_one(root: Path) -> None:
         "deepspeed.init_distributed(dist_backend='gloo', rank=0, world_size=1, auto_mpi_discovery=False)\n"
         "print('started')\n"
     )
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
     done = subprocess.run(
         [sys.executable, "-c", source],
         env=environment,
