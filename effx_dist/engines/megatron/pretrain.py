@@ -259,10 +259,13 @@ class PretrainHooks:
         )
         if is_another_run:
             return 0, 0
+        missing = [name for name in (*_COUNTERS, "operations") if name not in extra]
+        if missing:  # another engine's checkpoint, or that of a loop of one's own
+            logger.warning("%s: has no %s; they count on from here", folder, ", ".join(missing))
         for name in _COUNTERS:
-            setattr(arguments, name, int(extra[name]))
+            setattr(arguments, name, int(extra.get(name, getattr(arguments, name, 0))))
         update_num_microbatches(arguments.consumed_train_samples, verbose=True)
-        return int(extra["step"]), extra["operations"]
+        return int(extra["step"]), extra.get("operations", 0)
 
 
 def _megatron_lm() -> ModuleType:
