@@ -28,12 +28,12 @@ import torch
 import xxhash
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from effx_dist.checkpoint import coding
-from effx_dist.checkpoint.chunks import ChunkEncoder, JointParts
-from effx_dist.checkpoint.joints import Joint
-from effx_dist.checkpoint.manifest import BLOCK_NUMEL
-from effx_dist.checkpoint.quantisers import JointSpec
-from effx_dist.checkpoint.quantisers import measure as measure_joints
+from effx_dist.checkpoint.format import coding
+from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointParts
+from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL
+from effx_dist.checkpoint.saving.quantisers import JointSpec
+from effx_dist.checkpoint.saving.quantisers import measure as measure_joints
+from effx_dist.checkpoint.state.joints import Joint
 from effx_dist.codecs.planes import BytePlanes
 from effx_dist.codecs.symbols import pack, pack_inside, unpack, unpack_inside
 from effx_dist.core.excp import (

@@ -26,7 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from effx_dist.checkpoint.folder import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.errors import EffxError
 from effx_dist.report import write_report
 from effx_dist.report.run_log import RunRecords, read_run

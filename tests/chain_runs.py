@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from effx_dist.checkpoint import Chain, ExcpReader, ExcpWriter, Fragment
-from effx_dist.checkpoint.commit import SaveFacts
-from effx_dist.checkpoint.drive import drive_load, drive_save
-from effx_dist.checkpoint.folder import newest_step, step_name
-from effx_dist.checkpoint.joints import is_chained
-from effx_dist.checkpoint.manifest import Manifest, ParentRecord
-from effx_dist.checkpoint.reader import ChainReader, read_manifest
+from effx_dist.checkpoint.format.manifest import Manifest, ParentRecord
+from effx_dist.checkpoint.format.reader import ChainReader, read_manifest
+from effx_dist.checkpoint.saving.decision import SaveFacts
+from effx_dist.checkpoint.saving.drive import drive_load, drive_save
+from effx_dist.checkpoint.state.joints import is_chained
+from effx_dist.checkpoint.storage.steps import newest_step, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.shard import Box, Group, flat_range_to_boxes, run_ranks, whole_box
 

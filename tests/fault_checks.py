@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.folder import (
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.places import location
+from effx_dist.checkpoint.storage.steps import (
     LATEST,
     MANIFEST,
     MANIFEST_SHA256,
@@ -28,8 +30,6 @@ from effx_dist.checkpoint.folder import (
     newest_step,
     step_name,
 )
-from effx_dist.checkpoint.reader import read_manifest
-from effx_dist.checkpoint.storage import location
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import RankFailedError
 from effx_dist.shard import Group, SoloGroup, run_ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from effx_dist.checkpoint.folder import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.report.run_log import RunRecords, read_run
 from launch.processes import Job, run_to_end, run_until
 from launch.resume_check import GlobalBatch, read_global_batches

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from effx_dist.checkpoint.folder import MANIFEST, step_name
-from effx_dist.checkpoint.manifest import (
+from effx_dist.checkpoint.format.manifest import (
     Figures,
     FileRecord,
     Manifest,
@@ -13,8 +12,9 @@ from effx_dist.checkpoint.manifest import (
     manifest_checksum,
     manifest_to_bytes,
 )
-from effx_dist.checkpoint.manifest_checks import write_manifest
-from effx_dist.checkpoint.storage import Folder, location
+from effx_dist.checkpoint.format.manifest_checks import write_manifest
+from effx_dist.checkpoint.storage.places import Folder, location
+from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
 
 WEIGHTS, MOMENTS = "rank-00000.effx", "rank-00000.moments.effx"
 FILES = {WEIGHTS: 5, MOMENTS: 7}

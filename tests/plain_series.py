@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from effx_dist.checkpoint import Checkpointer
-from effx_dist.checkpoint.compress import ReadOptions, compress_series
-from effx_dist.checkpoint.pieces import read_whole
-from effx_dist.checkpoint.reader import open_checkpoint
+from effx_dist.checkpoint.format.reader import open_checkpoint
+from effx_dist.checkpoint.format.whole_tensors import read_whole
+from effx_dist.checkpoint.tools.compress import ReadOptions, compress_series
 from effx_dist.config import ExcpConfig
 from effx_dist.shard import SoloGroup
 

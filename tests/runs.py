@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effx_dist.checkpoint.folder import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.config import ExcpConfig
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]

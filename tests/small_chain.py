@@ -14,8 +14,8 @@ import torch
 import xxhash
 
 from effx_dist.checkpoint import Checkpointer
-from effx_dist.checkpoint.folder import MANIFEST, step_name
-from effx_dist.checkpoint.manifest import BLOCK_NUMEL
+from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL
+from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.shard import Group, SoloGroup
 

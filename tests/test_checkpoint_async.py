@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import effx_dist.checkpoint.blockfile
+import effx_dist.checkpoint.format.block_files
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.blockfile import BlockWriter
-from effx_dist.checkpoint.manifest import BlockRecord
-from effx_dist.checkpoint.staging import Staging
-from effx_dist.checkpoint.storage import Location
+from effx_dist.checkpoint.format.block_files import BlockWriter
+from effx_dist.checkpoint.format.manifest import BlockRecord
+from effx_dist.checkpoint.saving.staging import Staging
+from effx_dist.checkpoint.storage.places import Location
 from effx_dist.errors import ConfigError, RankFailedError
 from tests.chain_runs import read_whole, same_bits
 from tests.runs import Run, committed, lossless
@@ -59,7 +59,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Disk]:
     made = Disk("step-1", fails=getattr(request, "param", False))
-    monkeypatch.setattr(effx_dist.checkpoint.blockfile, "BlockWriter", made.writer())
+    monkeypatch.setattr(effx_dist.checkpoint.format.block_files, "BlockWriter", made.writer())
     yield made
     made.released.set()
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
-from effx_dist.checkpoint.folder import (
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.steps import (
     MANIFEST,
     MANIFEST_SHA256,
     MOMENTS_REMOVED,
     is_moments_file,
     step_name,
 )
-from effx_dist.checkpoint.reader import read_manifest
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError
 from effx_dist.shard import SoloGroup

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from effx_dist.checkpoint import compact as compact_module
 from effx_dist.checkpoint import verify_folder
-from effx_dist.checkpoint.blockfile import BlockWriter
-from effx_dist.checkpoint.compact import compact
-from effx_dist.checkpoint.folder import MANIFEST, MERGED, committed_steps, step_name
-from effx_dist.checkpoint.manifest import BlockRecord
-from effx_dist.checkpoint.retention import retire
+from effx_dist.checkpoint.format.block_files import BlockWriter
+from effx_dist.checkpoint.format.manifest import BlockRecord
+from effx_dist.checkpoint.saving.retention import retire
+from effx_dist.checkpoint.storage.steps import MANIFEST, MERGED, committed_steps, step_name
+from effx_dist.checkpoint.tools import compact as compact_module
+from effx_dist.checkpoint.tools.compact import compact
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 from tests.chain_runs import (
@@ -121,7 +121,7 @@ class FailsInTheMiddle(BlockWriter):
 
 def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = all_steps(folder)
-    monkeypatch.setattr("effx_dist.checkpoint.blockfile.BlockWriter", FailsInTheMiddle)
+    monkeypatch.setattr("effx_dist.checkpoint.format.block_files.BlockWriter", FailsInTheMiddle)
     with pytest.raises(OSError, match="No space left"):
         compact(folder)
     monkeypatch.undo()

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from effx_dist.checkpoint import Checkpointer, pieces
-from effx_dist.checkpoint.compare import (
+from effx_dist.checkpoint import Checkpointer
+from effx_dist.checkpoint.format import whole_tensors as pieces
+from effx_dist.checkpoint.format.reader import open_checkpoint
+from effx_dist.checkpoint.tools.compare import (
     CheckpointDifference,
     TensorDifference,
     compare_checkpoints,
 )
-from effx_dist.checkpoint.reader import open_checkpoint
 from effx_dist.config import ExcpConfig
 from tests import small_chain
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
-from effx_dist.checkpoint.compress import CompressReport, ReadOptions, compress_series
-from effx_dist.checkpoint.compress.content import PlainContent
-from effx_dist.checkpoint.compress.division import Division
-from effx_dist.checkpoint.compress.torch_file import open_torch_file
-from effx_dist.checkpoint.convert import convert_checkpoint
-from effx_dist.checkpoint.folder import committed_steps, step_name
-from effx_dist.checkpoint.reader import read_manifest
-from effx_dist.checkpoint.storage import location
-from effx_dist.checkpoint.writer import ExcpWriter
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.saving.writer import ExcpWriter
+from effx_dist.checkpoint.storage.places import location
+from effx_dist.checkpoint.storage.steps import committed_steps, step_name
+from effx_dist.checkpoint.tools.compress import CompressReport, ReadOptions, compress_series
+from effx_dist.checkpoint.tools.compress.content import PlainContent
+from effx_dist.checkpoint.tools.compress.division import Division
+from effx_dist.checkpoint.tools.compress.torch_file import open_torch_file
+from effx_dist.checkpoint.tools.convert import convert_checkpoint
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import (
     CheckpointNotFoundError,

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import Checkpointer
-from effx_dist.checkpoint.compress import ReadOptions, compress_series
-from effx_dist.checkpoint.compress.deepspeed import STAND_INS
-from effx_dist.checkpoint.compress.torch_file import load_torch
-from effx_dist.checkpoint.reader import read_manifest
-from effx_dist.checkpoint.storage import location
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.places import location
+from effx_dist.checkpoint.tools.compress import ReadOptions, compress_series
+from effx_dist.checkpoint.tools.compress.deepspeed import STAND_INS
+from effx_dist.checkpoint.tools.compress.torch_file import load_torch
 from effx_dist.errors import ConfigError, CorruptCheckpointError
 from effx_dist.shard import Group, SoloGroup, run_ranks
 from tests import plain_series as plain
@@ -163,7 +163,9 @@ class TestZero2:
         path = next((zero2[0] / "global_step2").glob("*_optim_states.pt"))
         state = load_torch(path, stand_ins=STAND_INS)["optimizer_state_dict"]
         assert type(state["zero_stage"]) is int
-        assert type(state["loss_scaler"]).__module__ == "effx_dist.checkpoint.compress.deepspeed"
+        assert (
+            type(state["loss_scaler"]).__module__ == "effx_dist.checkpoint.tools.compress.deepspeed"
+        )
         with pytest.raises(ConfigError, match=r"deepspeed\.runtime\.fp16\.loss_scaler\.LossScaler"):
             load_torch(path)
 

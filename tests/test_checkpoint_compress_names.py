@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from effx_dist.checkpoint import Checkpointer
-from effx_dist.checkpoint.compress import ReadOptions, compress_series
+from effx_dist.checkpoint.tools.compress import ReadOptions, compress_series
 from effx_dist.errors import ConfigError
 from effx_dist.shard import SoloGroup
 from tests import plain_series as plain

@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from effx_dist.checkpoint import Checkpointer, ExcpSavePlanner, Fragment
-from effx_dist.checkpoint.compress import ReadOptions, compress_series
-from effx_dist.checkpoint.reader import read_manifest
-from effx_dist.checkpoint.storage import location
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.places import location
+from effx_dist.checkpoint.tools.compress import ReadOptions, compress_series
 from effx_dist.errors import ConfigError, CorruptCheckpointError
 from effx_dist.shard import Box, Group, SoloGroup, run_ranks
 from tests import plain_series as plain

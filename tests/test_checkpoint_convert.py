@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from effx_dist.checkpoint import Checkpointer, pieces
-from effx_dist.checkpoint.convert import TARGETS, ConvertOptions, convert_checkpoint
-from effx_dist.checkpoint.convert.hugging_face import parse_size
+from effx_dist.checkpoint import Checkpointer
+from effx_dist.checkpoint.format import whole_tensors as pieces
+from effx_dist.checkpoint.tools.convert import TARGETS, ConvertOptions, convert_checkpoint
+from effx_dist.checkpoint.tools.convert.hugging_face import parse_size
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError, CorruptCheckpointError
 from tests import small_chain

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from effx_dist.checkpoint import Checkpointer
-from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
-from effx_dist.checkpoint.convert.megatron_llama import llama_weights, transformer_of
+from effx_dist.checkpoint.tools.convert import ConvertOptions, convert_checkpoint
+from effx_dist.checkpoint.tools.convert.megatron_llama import llama_weights, transformer_of
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError
 from tests.megatron_processes import needs_megatron

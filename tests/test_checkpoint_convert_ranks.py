@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from effx_dist.checkpoint import pieces
-from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
-from effx_dist.checkpoint.folder import step_name
-from effx_dist.checkpoint.sharing import dealt_out
+from effx_dist.checkpoint.format import whole_tensors as pieces
+from effx_dist.checkpoint.storage.steps import step_name
+from effx_dist.checkpoint.tools.convert import ConvertOptions, convert_checkpoint
+from effx_dist.checkpoint.tools.sharing import dealt_out
 from effx_dist.errors import ConfigError, RankFailedError
 from effx_dist.shard import Group, run_ranks
 from tests import small_chain

@@ -15,8 +15,8 @@ import torch
 
 import effx_dist
 from effx_dist.checkpoint import Checkpointer, ExcpReader, inspect_folder, verify_folder
-from effx_dist.checkpoint.blockfile import MAGIC
-from effx_dist.checkpoint.folder import MANIFEST, step_name
+from effx_dist.checkpoint.format.block_files import MAGIC
+from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 from effx_dist.shard import SoloGroup, run_ranks, whole_box
@@ -370,4 +370,6 @@ def test_nothing_that_reads_checkpoints_can_run_a_pickle(layer: str) -> None:
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec", "compile", "__import__"}, path
             assert not forbidden_modules & {name.partition(".")[0] for name in names}, path
-            assert not any(name.startswith("effx_dist.checkpoint.compress") for name in names), path
+            assert not any(
+                name.startswith("effx_dist.checkpoint.tools.compress") for name in names
+            ), path

@@ -30,10 +30,10 @@ from effx_dist.checkpoint import (
     Fragment,
     verify_folder,
 )
-from effx_dist.checkpoint.folder import committed_steps
-from effx_dist.checkpoint.manifest import DTYPES
-from effx_dist.checkpoint.old_torch import COPIES_BY_ITSELF, CopyingStager
-from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.format.manifest import DTYPES
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.saving.old_torch import COPIES_BY_ITSELF, CopyingStager
+from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError
 from effx_dist.shard import whole_box

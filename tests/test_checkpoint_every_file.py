@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.compact import compact
-from effx_dist.checkpoint.retention import pin
+from effx_dist.checkpoint.saving.retention import pin
+from effx_dist.checkpoint.tools.compact import compact
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 from effx_dist.shard import run_ranks
 from tests import fault_checks as checks

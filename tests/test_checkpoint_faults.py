@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import Checkpointer, ExcpWriter, verify_folder
-from effx_dist.checkpoint.chunks import JointParts
-from effx_dist.checkpoint.folder import LATEST, committed_steps, step_name
-from effx_dist.checkpoint.ownership import OWNER
-from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.format.chunks import JointParts
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.ownership import OWNER
+from effx_dist.checkpoint.storage.steps import LATEST, committed_steps, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, RankFailedError
 from effx_dist.shard import Group, run_ranks

@@ -14,7 +14,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effx_dist.checkpoint.folder import (
+from effx_dist.checkpoint.saving.retention import remove_leftovers
+from effx_dist.checkpoint.storage.places import Location, location
+from effx_dist.checkpoint.storage.steps import (
     LATEST,
     MANIFEST,
     REMOVING,
@@ -33,8 +35,6 @@ from effx_dist.checkpoint.folder import (
     uncommitted_steps,
     unfinished_steps,
 )
-from effx_dist.checkpoint.retention import remove_leftovers
-from effx_dist.checkpoint.storage import Location, location
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from tests.made_up_steps import WEIGHTS, make_chain, make_step
 

@@ -13,17 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from effx_dist.checkpoint import (
-    Checkpointer,
-    ExcpReader,
-    bounds,
-    set_max_decoded_bytes,
-    verify_folder,
-)
-from effx_dist.checkpoint.convert import convert_checkpoint
-from effx_dist.checkpoint.folder import step_name
-from effx_dist.checkpoint.manifest import BLOCK_NUMEL, Delta
-from effx_dist.checkpoint.reader import open_checkpoint, read_manifest
+from effx_dist.checkpoint import Checkpointer, ExcpReader, set_max_decoded_bytes, verify_folder
+from effx_dist.checkpoint.format import bounds
+from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL, Delta
+from effx_dist.checkpoint.format.reader import open_checkpoint, read_manifest
+from effx_dist.checkpoint.storage.steps import step_name
+from effx_dist.checkpoint.tools.convert import convert_checkpoint
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError, CorruptCheckpointError, EffxError
 from tests import small_chain as chain
@@ -171,7 +166,7 @@ def test_a_fill_is_read_in_any_box(tmp_path: Path) -> None:
 
 @given(st.integers(1, 40), st.sampled_from([1, 2, 4, 8, 16]), st.data())
 def test_repeated_elements_come_back(numel: int, itemsize: int, data: st.DataObject) -> None:
-    from effx_dist.checkpoint import coding
+    from effx_dist.checkpoint.format import coding
 
     element = data.draw(st.binary(min_size=itemsize, max_size=itemsize))
     bits = coding.repeat(element, numel)

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.folder import step_name
-from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.optim import CautiousAdamW
 from tests.chain_runs import codings, read_whole, same_bits

@@ -13,7 +13,7 @@ import xxhash
 import zstandard
 
 from effx_dist.checkpoint import inspect_folder, verify_folder
-from effx_dist.checkpoint.manifest import BLOCK_NUMEL
+from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL
 from effx_dist.errors import CorruptCheckpointError, EffxError
 from tests import small_chain as chain
 from tests.small_chain import BASE, TOP, edit, set_at

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effx_dist.checkpoint.joints import Joint, TensorFacts, find_joints, is_chained, is_moment
+from effx_dist.checkpoint.state.joints import Joint, TensorFacts, find_joints, is_chained, is_moment
 
 F32 = torch.float32
 W = TensorFacts(F32, (4, 3))

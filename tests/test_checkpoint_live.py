@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import Checkpointer, Fragment
-from effx_dist.checkpoint.folder import step_name
-from effx_dist.checkpoint.live import LiveState, OptimizerState, StateByName, live_state
-from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName, live_state
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.errors import ConfigError, LayoutMismatchError, RankFailedError
 from effx_dist.shard import Group, Piece, WholeTensor, pieces_of_flat_range, run_ranks
 from tests.runs import Run, lossless

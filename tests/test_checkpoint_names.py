@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.folder import committed_steps, step_name
-from effx_dist.checkpoint.live import tied_names, torch_name
-from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.state.live import tied_names, torch_name
+from effx_dist.checkpoint.storage.steps import committed_steps, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import UnreadableSaveError
 from tests.runs import lossless
@@ -152,7 +152,7 @@ class TestWhatNoReaderAccepts:
     def test_names_that_do_not_resolve(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        from effx_dist.checkpoint import live
+        from effx_dist.checkpoint.state import live
 
         monkeypatch.setattr(live, "tied_names", lambda model: {"head.weight": "lost.weight"})
         message = self.fails(folder, caplog)
@@ -163,7 +163,7 @@ class TestWhatNoReaderAccepts:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """The rank that wrote them says so."""
-        from effx_dist.checkpoint import coding
+        from effx_dist.checkpoint.format import coding
 
         monkeypatch.setattr(coding, "repeated", lambda bits, words: b"\0")
         assert "a fill is not one element of int64" in self.fails(folder, caplog)
@@ -171,7 +171,7 @@ class TestWhatNoReaderAccepts:
     def test_a_file_that_is_not_as_long_as_it_is_said_to_be(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        from effx_dist.checkpoint import blockfile
+        from effx_dist.checkpoint.format import block_files as blockfile
 
         own = blockfile.RankFiles.records
 
@@ -186,9 +186,9 @@ class TestWhatNoReaderAccepts:
 
 
 def test_a_file_that_failed_its_checks_fails_them_again(tmp_path: Path) -> None:
-    from effx_dist.checkpoint.blockfile import BlockReader
-    from effx_dist.checkpoint.manifest import FileRecord
-    from effx_dist.checkpoint.storage import location
+    from effx_dist.checkpoint.format.block_files import BlockReader
+    from effx_dist.checkpoint.format.manifest import FileRecord
+    from effx_dist.checkpoint.storage.places import location
     from effx_dist.errors import CorruptCheckpointError
 
     (tmp_path / "rank-00000.effx").write_bytes(b"EFFXBLK1" + bytes(8))

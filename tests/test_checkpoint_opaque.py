@@ -25,8 +25,8 @@ from effx_dist.checkpoint import (
     inspect_folder,
     verify_folder,
 )
-from effx_dist.checkpoint.reader import read_manifest
-from effx_dist.checkpoint.values import MAX_OPAQUE_BYTES, parse_value, payload_of
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.state.values import MAX_OPAQUE_BYTES, parse_value, payload_of
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CorruptCheckpointError
 from tests.ranks import spawn

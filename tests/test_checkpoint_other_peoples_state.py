@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from effx_dist.checkpoint import Checkpointer, PerRank, verify_folder
-from effx_dist.checkpoint.folder import step_name
-from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import EffxError
 from tests.ranks import spawn

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.arena import Bundle, shared_bytes, view_at
 from effx_dist.checkpoint.by_folder import MAX_OPEN, CheckpointersByFolder
-from effx_dist.checkpoint.executor import ProcessExecutor
-from effx_dist.checkpoint.staging import Staging
+from effx_dist.checkpoint.saving.arena import Bundle, shared_bytes, view_at
+from effx_dist.checkpoint.saving.executor import ProcessExecutor
+from effx_dist.checkpoint.saving.staging import Staging
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import RankFailedError
 

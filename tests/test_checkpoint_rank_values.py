@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effx_dist.checkpoint import Checkpointer, PerRank, verify_folder
-from effx_dist.checkpoint.rank_values import agreed
+from effx_dist.checkpoint.state.rank_values import agreed
 from effx_dist.errors import LayoutMismatchError, RankFailedError
 from effx_dist.shard import Group, LocalRows, SoloGroup, run_ranks
 from tests.runs import committed, lossless
@@ -199,7 +199,7 @@ TREES = st.recursive(
 
 
 def json_of(tree: Any) -> Any:
-    from effx_dist.checkpoint.tree import tree_to_json
+    from effx_dist.checkpoint.state.tree import tree_to_json
 
     return tree_to_json(tree, "stateful", {})
 
@@ -210,7 +210,7 @@ def json_of(tree: Any) -> Any:
     )
 )
 def test_a_merge_holds_what_every_rank_said_or_is_refused(trees: list[Any]) -> None:
-    from effx_dist.checkpoint.tree import tree_from_json
+    from effx_dist.checkpoint.state.tree import tree_from_json
 
     def body(group: Group) -> Any:
         values = {"stateful": json_of(trees[group.rank])}

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effx_dist.checkpoint import chunks
-from effx_dist.checkpoint.regions import blocks_in_region
+from effx_dist.checkpoint.format import chunks
+from effx_dist.checkpoint.format.regions import blocks_in_region
 from effx_dist.shard import Box
 
 

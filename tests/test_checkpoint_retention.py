@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effx_dist.checkpoint.folder import (
+from effx_dist.checkpoint.saving.retention import (
+    pin,
+    remove_leftovers,
+    retire,
+    set_aside_newer,
+    wanted_steps,
+    with_parents,
+)
+from effx_dist.checkpoint.storage.places import Location, location
+from effx_dist.checkpoint.storage.steps import (
     MANIFEST,
     MERGED,
     MOMENTS_REMOVED,
@@ -21,15 +30,6 @@ from effx_dist.checkpoint.folder import (
     newest_step,
     step_name,
 )
-from effx_dist.checkpoint.retention import (
-    pin,
-    remove_leftovers,
-    retire,
-    set_aside_newer,
-    wanted_steps,
-    with_parents,
-)
-from effx_dist.checkpoint.storage import Location, location
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError
 from tests.made_up_steps import FILES, MOMENTS, WEIGHTS, make_chain, make_step
@@ -208,7 +208,7 @@ def test_a_pin_set_while_old_steps_are_removed_is_respected(
     place: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_chain(place, TWO_CHAINS)
-    from effx_dist.checkpoint import retention
+    from effx_dist.checkpoint.saving import retention
 
     real = retention.remove_step
 

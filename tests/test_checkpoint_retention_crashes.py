@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from effx_dist.checkpoint.folder import committed_steps, uncommitted_steps
-from effx_dist.checkpoint.retention import remove_leftovers, retire, set_aside_newer
-from effx_dist.checkpoint.storage import Location, location
-from effx_dist.checkpoint.verify import verify_folder
+from effx_dist.checkpoint.saving.retention import remove_leftovers, retire, set_aside_newer
+from effx_dist.checkpoint.storage.places import Location, location
+from effx_dist.checkpoint.storage.steps import committed_steps, uncommitted_steps
+from effx_dist.checkpoint.tools.verify import verify_folder
 from effx_dist.config import ExcpConfig
 from tests.chain_runs import State, Training, read_whole, same_bits, save_all
 from tests.made_up_steps import make_chain

@@ -15,11 +15,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from effx_dist.checkpoint import Checkpointer, ExcpReader, ExcpWriter
-from effx_dist.checkpoint.folder import committed_steps, newest_step
-from effx_dist.checkpoint.inspect import inspect_folder
-from effx_dist.checkpoint.retention import pin, remove_leftovers
-from effx_dist.checkpoint.storage import location
-from effx_dist.checkpoint.verify import verify_folder
+from effx_dist.checkpoint.saving.retention import pin, remove_leftovers
+from effx_dist.checkpoint.storage.places import location
+from effx_dist.checkpoint.storage.steps import committed_steps, newest_step
+from effx_dist.checkpoint.tools.inspect import inspect_folder
+from effx_dist.checkpoint.tools.verify import verify_folder
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import RankFailedError
 from effx_dist.shard import Group, SoloGroup, run_ranks
@@ -239,7 +239,7 @@ class TestFaults:
     ) -> None:
         """The client's own timeout does not always fire: ours is what ends the wait then."""
         monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
-        monkeypatch.setattr("effx_dist.checkpoint.remote_folder.ANSWER_S", 10.0)
+        monkeypatch.setattr("effx_dist.checkpoint.storage.remote_folder.ANSWER_S", 10.0)
         fail_then_go_on(store, url, DATA, hang)
 
     @pytest.mark.parametrize("answer", [status(503, "SlowDown"), reset, lose_the_answer])

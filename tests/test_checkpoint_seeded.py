@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
-from effx_dist.checkpoint.compact import compact
-from effx_dist.checkpoint.fragment import Fragment
-from effx_dist.checkpoint.seeded import PREFIX, whole_fingerprints
+from effx_dist.checkpoint.loading.seeded import PREFIX, whole_fingerprints
+from effx_dist.checkpoint.state.fragment import Fragment
+from effx_dist.checkpoint.tools.compact import compact
 from effx_dist.config import ExcpConfig
 from effx_dist.core.fingerprint import add_fingerprints, fingerprint
 from effx_dist.errors import (

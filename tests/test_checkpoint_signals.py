@@ -23,8 +23,8 @@ MODES = ["thread", "process"]
 TRAINER = """
 import signal, sys, threading
 import torch
-import effx_dist.checkpoint.blockfile as blockfile
-import effx_dist.checkpoint.pending as pending
+import effx_dist.checkpoint.format.block_files as blockfile
+import effx_dist.checkpoint.saving.pending as pending
 from effx_dist.checkpoint import Checkpointer
 from effx_dist.config import ExcpConfig
 

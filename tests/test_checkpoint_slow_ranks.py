@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from effx_dist.checkpoint.folder import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps
 from tests import fault_checks as checks
 from tests.fault_injection import Operation
 from tests.fault_target import KILLED, STOPPED, Setup, running

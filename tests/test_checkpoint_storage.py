@@ -18,9 +18,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from effx_dist.checkpoint import local_folder as local_module
-from effx_dist.checkpoint.local_folder import STAGED
-from effx_dist.checkpoint.storage import LocalFolder, Location, RemoteFolder, location
+from effx_dist.checkpoint.storage import local_folder as local_module
+from effx_dist.checkpoint.storage.local_folder import STAGED
+from effx_dist.checkpoint.storage.places import LocalFolder, Location, RemoteFolder, location
 from effx_dist.errors import ConfigError, CorruptCheckpointError
 
 Fail = Callable[..., None]

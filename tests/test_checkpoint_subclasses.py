@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.folder import step_name
-from effx_dist.checkpoint.reader import read_manifest
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.errors import LayoutMismatchError
 from tests.runs import lossless
 

@@ -12,7 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
-from effx_dist.checkpoint.folder import (
+from effx_dist.checkpoint.format.reader import read_manifest
+from effx_dist.checkpoint.saving.retention import remove_leftovers, retire, set_aside_newer
+from effx_dist.checkpoint.storage.places import Location, location
+from effx_dist.checkpoint.storage.steps import (
     LATEST,
     MANIFEST,
     STEP_PREFIXES,
@@ -28,10 +31,7 @@ from effx_dist.checkpoint.folder import (
     uncommitted_steps,
     unfinished_steps,
 )
-from effx_dist.checkpoint.reader import read_manifest
-from effx_dist.checkpoint.retention import remove_leftovers, retire, set_aside_newer
-from effx_dist.checkpoint.storage import Location, location
-from effx_dist.checkpoint.tags import checked_tag, folder_of_tag, point_to, tags_of
+from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag, point_to, tags_of
 from effx_dist.cli import app
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError

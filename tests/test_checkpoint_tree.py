@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effx_dist.checkpoint.tree import TAGS, Leaf, leaf_paths, tree_from_json, tree_to_json
+from effx_dist.checkpoint.state.tree import TAGS, Leaf, leaf_paths, tree_from_json, tree_to_json
 from effx_dist.shard import LocalRows
 
 TRICKY_NAMES = st.sampled_from(

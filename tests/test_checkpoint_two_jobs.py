@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from effx_dist.checkpoint import Checkpointer
-from effx_dist.checkpoint.folder import committed_steps, newest_step, remove_step
+from effx_dist.checkpoint.storage.steps import committed_steps, newest_step, remove_step
 from effx_dist.shard import SoloGroup
 from tests import fault_checks as checks
 from tests.fault_injection import Operation, watched

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from effx_dist.checkpoint import inspect_folder, verify_folder
-from effx_dist.checkpoint.compress import compress_series
-from effx_dist.checkpoint.folder import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps
+from effx_dist.checkpoint.tools.compress import compress_series
 from effx_dist.cli import app
 from tests import plain_series as plain
 from tests.mpi_runs import effx_by_mpirun, needs_mpi

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.folder import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.cli import app
 from effx_dist.shard import SoloGroup
 from tests import small_chain as chain

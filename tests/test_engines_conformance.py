@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from effx_dist.checkpoint import Fragment
-from effx_dist.checkpoint.live import LiveState, TorchState
+from effx_dist.checkpoint.state.live import LiveState, TorchState
 from effx_dist.shard import TorchGroup, whole_box
 from tests.conformance import cautious as cautious_conformance
 from tests.conformance import state as conformance

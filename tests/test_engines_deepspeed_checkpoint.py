@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import inspect_folder, verify_folder
-from effx_dist.checkpoint.convert import convert_checkpoint
+from effx_dist.checkpoint.tools.convert import convert_checkpoint
 from tests.deepspeed_checkpoint_runs import (
     ADAMW,
     BF16,

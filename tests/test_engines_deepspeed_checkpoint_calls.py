@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, inspect_folder
-from effx_dist.checkpoint.tags import tags_of
+from effx_dist.checkpoint.storage.tags import tags_of
 from effx_dist.config import ExcpConfig
 from effx_dist.data import ProgressLR
 from effx_dist.errors import (

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import verify_folder
-from effx_dist.checkpoint.reader import open_checkpoint
+from effx_dist.checkpoint.format.reader import open_checkpoint
 from tests.megatron_processes import call, needs_megatron
 from tests.ranks import spawn
 

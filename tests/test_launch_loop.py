@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effx_dist.checkpoint import PendingSave
-from effx_dist.checkpoint.manifest import Figures
-from effx_dist.checkpoint.saver import SaveResult
+from effx_dist.checkpoint.format.manifest import Figures
+from effx_dist.checkpoint.saving.saver import SaveResult
 from effx_dist.errors import ConfigError, RankFailedError
 from effx_dist.report.run_log import read_run
 from launch.llama import loop

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effx_dist.checkpoint import chunks, coding
-from effx_dist.checkpoint.chunks import ChunkEncoder, JointParts, in_order
-from effx_dist.checkpoint.joints import Joint
-from effx_dist.checkpoint.quantisers import JointSpec, measure
+from effx_dist.checkpoint.format import chunks, coding
+from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointParts, in_order
+from effx_dist.checkpoint.saving.quantisers import JointSpec, measure
+from effx_dist.checkpoint.state.joints import Joint
 from effx_dist.core.excp import PROFILES, JointQuantiser
 from effx_dist.shard import Box, SoloGroup
 from tests.excp_pieces import must_build, whole_tensor

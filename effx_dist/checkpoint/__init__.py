@@ -5,17 +5,17 @@ torch.distributed.checkpoint uses), manifest.py (the format) and chain.py (what 
 difference against).
 """
 
-from effx_dist.checkpoint.bounds import set_max_decoded_bytes
-from effx_dist.checkpoint.chain import Chain
 from effx_dist.checkpoint.checkpointer import Checkpointer
-from effx_dist.checkpoint.dcp_reader import ExcpReader
-from effx_dist.checkpoint.fragment import Fragment
-from effx_dist.checkpoint.inspect import StepSummary, inspect_folder
-from effx_dist.checkpoint.pending import PendingSave
-from effx_dist.checkpoint.planners import ExcpLoadPlanner, ExcpSavePlanner
-from effx_dist.checkpoint.rank_values import PerRank
-from effx_dist.checkpoint.verify import VerifyReport, verify_folder
-from effx_dist.checkpoint.writer import ExcpWriter
+from effx_dist.checkpoint.format.bounds import set_max_decoded_bytes
+from effx_dist.checkpoint.loading.dcp_reader import ExcpReader
+from effx_dist.checkpoint.saving.chain import Chain
+from effx_dist.checkpoint.saving.pending import PendingSave
+from effx_dist.checkpoint.saving.planners import ExcpLoadPlanner, ExcpSavePlanner
+from effx_dist.checkpoint.saving.writer import ExcpWriter
+from effx_dist.checkpoint.state.fragment import Fragment
+from effx_dist.checkpoint.state.rank_values import PerRank
+from effx_dist.checkpoint.tools.inspect import StepSummary, inspect_folder
+from effx_dist.checkpoint.tools.verify import VerifyReport, verify_folder
 
 __all__ = [
     "Chain",

@@ -6,8 +6,8 @@ import os
 from collections import OrderedDict
 
 from effx_dist.checkpoint.checkpointer import Checkpointer
-from effx_dist.checkpoint.folder import StepPrefix
-from effx_dist.checkpoint.open_ones import folder_key, settle
+from effx_dist.checkpoint.saving.open_ones import folder_key, settle
+from effx_dist.checkpoint.storage.steps import StepPrefix
 from effx_dist.config import ExcpConfig
 
 MAX_OPEN = 2

@@ -12,28 +12,28 @@ from typing import Any
 
 import torch
 
-from effx_dist.checkpoint.commit import SaveFacts
-from effx_dist.checkpoint.dcp_reader import ExcpReader
-from effx_dist.checkpoint.executor import make_executor
-from effx_dist.checkpoint.folder import (
+from effx_dist.checkpoint.loading.dcp_reader import ExcpReader
+from effx_dist.checkpoint.loading.restore import Wanted, restore
+from effx_dist.checkpoint.loading.seeded import start_chain
+from effx_dist.checkpoint.saving.decision import SaveFacts
+from effx_dist.checkpoint.saving.executor import make_executor
+from effx_dist.checkpoint.saving.open_ones import closed, opened, settle_saves_in
+from effx_dist.checkpoint.saving.pending import PendingSave
+from effx_dist.checkpoint.saving.saver import SaveJob
+from effx_dist.checkpoint.saving.sigterm import SigtermMemory
+from effx_dist.checkpoint.saving.staging import Staging
+from effx_dist.checkpoint.state.live import LiveState, live_state
+from effx_dist.checkpoint.state.matching import LoadReport, NameMap, warn_of_left_alone
+from effx_dist.checkpoint.state.training_state import Stateful, TrainingState, collect, shared_out
+from effx_dist.checkpoint.storage.places import location
+from effx_dist.checkpoint.storage.steps import (
     StepPrefix,
     committed_steps,
     newest_step,
     step_folder,
     step_name,
 )
-from effx_dist.checkpoint.live import LiveState, live_state
-from effx_dist.checkpoint.matching import LoadReport, NameMap, warn_of_left_alone
-from effx_dist.checkpoint.open_ones import closed, opened, settle_saves_in
-from effx_dist.checkpoint.pending import PendingSave
-from effx_dist.checkpoint.restore import Wanted, restore
-from effx_dist.checkpoint.saver import SaveJob
-from effx_dist.checkpoint.seeded import start_chain
-from effx_dist.checkpoint.sigterm import SigtermMemory
-from effx_dist.checkpoint.staging import Staging
-from effx_dist.checkpoint.storage import location
-from effx_dist.checkpoint.tags import checked_tag, folder_of_tag
-from effx_dist.checkpoint.training_state import Stateful, TrainingState, collect, shared_out
+from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from effx_dist.shard import Group, SoloGroup, meet, separate_group

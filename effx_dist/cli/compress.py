@@ -18,7 +18,7 @@ from effx_dist.errors import CheckpointNotFoundError, ConfigError
 from effx_dist.report.text import bytes_text, number_text, plural, ratio_text
 
 if TYPE_CHECKING:
-    from effx_dist.checkpoint.compress import CompressReport
+    from effx_dist.checkpoint.tools.compress import CompressReport
 
 
 class Profile(StrEnum):
@@ -103,7 +103,7 @@ def compress(
     if not (mpi or torchrun):  # a misspelt path should not wait for torch
         _check_there(series)
     with tool_ranks(mpi, torchrun) as ranks:
-        from effx_dist.checkpoint.compress import ReadOptions, compress_series
+        from effx_dist.checkpoint.tools.compress import ReadOptions, compress_series
 
         def config_of() -> ExcpConfig:
             return ExcpConfig(

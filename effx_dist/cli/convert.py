@@ -72,7 +72,7 @@ def convert(
     if not (mpi or torchrun):  # a misspelt path should not wait for torch
         folder_and_step(folder, step)
     with tool_ranks(mpi, torchrun) as ranks:
-        from effx_dist.checkpoint.convert import ConvertOptions, convert_checkpoint
+        from effx_dist.checkpoint.tools.convert import ConvertOptions, convert_checkpoint
 
         place, step = ranks.everywhere(lambda: folder_and_step(folder, step))
         given = ranks.everywhere(lambda: None if config is None else _read_config(config))

@@ -13,7 +13,7 @@ from effx_dist.errors import EffxError
 from effx_dist.report.text import ABSENT, number_text, percent_text, plural, shape_text
 
 if TYPE_CHECKING:
-    from effx_dist.checkpoint.compare import CheckpointDifference, TensorDifference
+    from effx_dist.checkpoint.tools.compare import CheckpointDifference, TensorDifference
 
 
 def diff(
@@ -44,8 +44,8 @@ def diff(
 
 def _compare(a: str, step_a: int | None, b: str, step_b: int | None) -> CheckpointDifference:
     place_a, place_b = folder_and_step(a, step_a), folder_and_step(b, step_b)
-    from effx_dist.checkpoint.compare import compare_checkpoints
-    from effx_dist.checkpoint.reader import open_checkpoint
+    from effx_dist.checkpoint.format.reader import open_checkpoint
+    from effx_dist.checkpoint.tools.compare import compare_checkpoints
 
     with (
         open_checkpoint(*place_a) as chain_a,

@@ -23,7 +23,7 @@ from effx_dist.report.text import (
 
 if TYPE_CHECKING:
     from effx_dist.checkpoint import StepSummary
-    from effx_dist.checkpoint.tensor_detail import Histogram, TensorDetail, TensorSummary
+    from effx_dist.checkpoint.tools.tensor_detail import Histogram, TensorDetail, TensorSummary
 
 
 def inspect(
@@ -112,8 +112,8 @@ def steps_line(steps: Sequence[StepSummary]) -> str:
 
 
 def _inspect_step(folder: str, step: int, as_json: bool) -> None:
-    from effx_dist.checkpoint.reader import open_checkpoint
-    from effx_dist.checkpoint.tensor_detail import list_tensors
+    from effx_dist.checkpoint.format.reader import open_checkpoint
+    from effx_dist.checkpoint.tools.tensor_detail import list_tensors
 
     with open_checkpoint(folder, step) as chain:
         tensors = list_tensors(chain)
@@ -143,8 +143,8 @@ def _tensor_row(tensor: TensorSummary) -> list[str]:
 
 
 def _inspect_tensor(folder: str, step: int | None, name: str, as_json: bool) -> None:
-    from effx_dist.checkpoint.reader import open_checkpoint
-    from effx_dist.checkpoint.tensor_detail import describe_tensor
+    from effx_dist.checkpoint.format.reader import open_checkpoint
+    from effx_dist.checkpoint.tools.tensor_detail import describe_tensor
 
     with open_checkpoint(folder, step) as chain:
         detail = describe_tensor(chain, name)

@@ -28,7 +28,7 @@ def compact(
     that job removes what nothing needs any more.
     """
     folder, step = folder_and_step(folder, step)
-    from effx_dist.checkpoint.compact import compact as merge
+    from effx_dist.checkpoint.tools.compact import compact as merge
 
     with progress("merging") as on_progress:
         done = merge(folder, step, on_progress)
@@ -55,7 +55,7 @@ def _set(folder: str, step: int | None, is_pinned: bool) -> None:
     folder, step = folder_and_step(folder, step)
     if step is None:
         raise ConfigError(f"{folder}: say which checkpoint, with --step or as DIR/step-N")
-    from effx_dist.checkpoint.retention import pin as set_pin
+    from effx_dist.checkpoint.saving.retention import pin as set_pin
 
     set_pin(folder, step, is_pinned)
     typer.echo(f"step {step}: {'pinned' if is_pinned else 'no longer pinned'}")

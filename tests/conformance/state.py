@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from effx_dist.checkpoint import Fragment
-from effx_dist.checkpoint.live import LiveState
-from effx_dist.checkpoint.tree import Leaf
+from effx_dist.checkpoint.state.live import LiveState
+from effx_dist.checkpoint.state.tree import Leaf
 from effx_dist.shard import Box, Group
 
 Boxes = dict[str, tuple[tuple[int, ...], set[Box]]]

@@ -17,8 +17,11 @@ import deepspeed
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
 from effx_dist.checkpoint.by_folder import CheckpointersByFolder
-from effx_dist.checkpoint.convert.universal import ENGINE
-from effx_dist.checkpoint.folder import (
+from effx_dist.checkpoint.saving.open_ones import folder_key, settle, settle_saves_in
+from effx_dist.checkpoint.state.training_state import Stateful
+from effx_dist.checkpoint.state.tree import tree_to_json
+from effx_dist.checkpoint.storage.places import Location, location
+from effx_dist.checkpoint.storage.steps import (
     LATEST,
     TAG,
     StepPrefix,
@@ -29,11 +32,8 @@ from effx_dist.checkpoint.folder import (
     step_name,
     step_of,
 )
-from effx_dist.checkpoint.open_ones import folder_key, settle, settle_saves_in
-from effx_dist.checkpoint.storage import Location, location
-from effx_dist.checkpoint.tags import checked_tag, folder_of_tag, is_tag_name, point_to
-from effx_dist.checkpoint.training_state import Stateful
-from effx_dist.checkpoint.tree import tree_to_json
+from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag, is_tag_name, point_to
+from effx_dist.checkpoint.tools.convert.universal import ENGINE
 from effx_dist.config import ExcpConfig
 from effx_dist.data import ProgressLR
 from effx_dist.engines.deepspeed.live import ZeroState

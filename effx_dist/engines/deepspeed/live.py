@@ -16,7 +16,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from effx_dist.checkpoint import Fragment
-from effx_dist.checkpoint.live import (
+from effx_dist.checkpoint.state.live import (
     LiveState,
     OptimizerState,
     StateByName,

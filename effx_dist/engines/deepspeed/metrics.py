@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from effx_dist.checkpoint.pending import PendingSave
+from effx_dist.checkpoint.saving.pending import PendingSave
 from effx_dist.data import InfoBatchSampler
 from effx_dist.data.metrics import infobatch_metrics
 from effx_dist.optim.metrics import cautious_metrics

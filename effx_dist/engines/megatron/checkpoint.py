@@ -10,8 +10,8 @@ import megatron.core
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
 from effx_dist.checkpoint.by_folder import CheckpointersByFolder
-from effx_dist.checkpoint.convert.megatron_llama import MEGATRON
-from effx_dist.checkpoint.training_state import Stateful
+from effx_dist.checkpoint.state.training_state import Stateful
+from effx_dist.checkpoint.tools.convert.megatron_llama import MEGATRON
 from effx_dist.config import ExcpConfig
 from effx_dist.engines.megatron.description import description_of
 from effx_dist.engines.megatron.layout import Layout

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from effx_dist.checkpoint.joints import TensorFacts
+from effx_dist.checkpoint.state.joints import TensorFacts
 from effx_dist.engines.megatron.fragments import (
     MainParam,
     Placement,

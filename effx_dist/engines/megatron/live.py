@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from effx_dist.checkpoint import Fragment
-from effx_dist.checkpoint.joints import TensorFacts
-from effx_dist.checkpoint.live import (
+from effx_dist.checkpoint.state.joints import TensorFacts
+from effx_dist.checkpoint.state.live import (
     LiveState,
     OptimizerState,
     StateByName,

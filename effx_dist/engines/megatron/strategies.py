@@ -32,10 +32,10 @@ from megatron.core.dist_checkpointing.strategies.common import (
 )
 
 from effx_dist.checkpoint import PendingSave
-from effx_dist.checkpoint.convert.megatron_llama import MEGATRON
-from effx_dist.checkpoint.matching import MODEL
-from effx_dist.checkpoint.reader import open_checkpoint
-from effx_dist.checkpoint.training_state import run_values
+from effx_dist.checkpoint.format.reader import open_checkpoint
+from effx_dist.checkpoint.state.matching import MODEL
+from effx_dist.checkpoint.state.training_state import run_values
+from effx_dist.checkpoint.tools.convert.megatron_llama import MEGATRON
 from effx_dist.engines.megatron.checkpoint import JobCheckpoints
 from effx_dist.engines.megatron.fragments import Placement
 from effx_dist.errors import ConfigError, EffxError

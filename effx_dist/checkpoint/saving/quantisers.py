@@ -1,0 +1,158 @@
+"""Quantisers of whole tensors, from ranks that each see only their pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from effx_dist.checkpoint.format.chunks import JointParts, block_ranges, in_order
+from effx_dist.checkpoint.state.joints import Joint
+from effx_dist.core.excp import (
+    CELLS_LEN,
+    RANGES_LEN,
+    SUMS_LEN,
+    JointArrays,
+    JointQuantiser,
+    Profile,
+    build_quantiser,
+    cells,
+    ranges,
+    sums,
+)
+from effx_dist.shard import Group
+from effx_dist.shard.group import ReduceOp
+
+Array = npt.NDArray[Any]
+_Place = tuple[int, JointParts, slice]
+LocalParts = Mapping[str, Sequence[JointParts]]
+"""This rank's parts of each joint, by the weight's name; no entry where it holds nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JointSpec:
+    """One joint and the number of elements of its whole weight."""
+
+    joint: Joint
+    global_numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A whole weight's quantiser, and the relative root-mean-square error of the weight that it
+    leaves."""
+
+    quantiser: JointQuantiser
+    error: float
+
+
+def measure(
+    specs: Sequence[JointSpec],
+    local: LocalParts,
+    profile: Profile,
+    group: Group,
+    threads: int = 1,
+) -> dict[str, Measured]:
+    """The quantiser of each weight, the same on every rank; none for one that cannot be quantised
+    (not finite, say).
+
+    Four rounds over the local parts, each with one gather of failures and one all-reduce of a
+    vector per joint: maxima, two of integer sums, and the weights' squares for the error. No
+    reconstruction depends on how the tensors are cut. Blocks are looked at on up to ``threads``
+    threads, which changes nothing.
+    """
+    if not specs:
+        return {}
+    rounds = _Rounds(specs, local, group, threads)
+    by_max = rounds.run(RANGES_LEN, "max", np.float64, lambda _, block: ranges(block))
+    by_sum = rounds.run(
+        SUMS_LEN(profile),
+        "sum",
+        np.int64,
+        lambda i, block: sums(block, by_max[i], specs[i].global_numel, profile),
+    )
+    by_cell = rounds.run(
+        CELLS_LEN(profile),
+        "sum",
+        np.int64,
+        lambda i, block: cells(block, by_max[i], by_sum[i], specs[i].global_numel, profile),
+    )
+    squares = rounds.weight_squares()
+    found = {}
+    for i, spec in enumerate(specs):
+        has_v = spec.joint.exp_avg_sq is not None
+        quantiser = build_quantiser(
+            profile, True, has_v, spec.global_numel, by_max[i], by_sum[i], by_cell[i]
+        )
+        if quantiser is not None:
+            error = math.sqrt(quantiser.squared_error / squares[i]) if squares[i] else 0.0
+            found[spec.joint.weight] = Measured(quantiser, error)
+    return found
+
+
+class _Rounds:
+    """Statistics of all joints, a row each, merged over the group."""
+
+    def __init__(
+        self, specs: Sequence[JointSpec], local: LocalParts, group: Group, threads: int
+    ) -> None:
+        self._specs = specs
+        self._local = local
+        self._group = group
+        self._threads = threads
+
+    def run(
+        self,
+        length: int,
+        op: ReduceOp,
+        dtype: type,
+        statistic: Callable[[int, JointArrays], Array],
+    ) -> Array:
+        """Rows of ``statistic(joint index, block)``, merged over blocks and ranks by ``op``."""
+        rows: Array = np.zeros((len(self._specs), length), dtype=dtype)
+        merge = np.maximum if op == "max" else np.add
+
+        def fill() -> None:
+            def look(place: _Place) -> tuple[int, Array]:
+                index, parts, cut = place
+                return index, statistic(index, parts.arrays(cut))
+
+            for index, found in in_order(look, self._places(), self._threads):
+                merge(rows[index], found, out=rows[index])
+
+        return self._reduce(rows, fill, op)
+
+    def weight_squares(self) -> Array:
+        """Sum of squares of each whole weight, float64. Reported, and compared with max_error; in
+        no reconstruction."""
+        rows: Array = np.zeros(len(self._specs))
+
+        def fill() -> None:
+            def look(place: _Place) -> tuple[int, float]:
+                index, parts, cut = place
+                values = parts.weight[cut].float().numpy()
+                return index, float(np.einsum("i,i->", values, values, dtype=np.float64))
+
+            for index, squares in in_order(look, self._places(), self._threads):
+                rows[index] += squares
+
+        return self._reduce(rows, fill, "sum")
+
+    def _places(self) -> Iterator[_Place]:
+        """Every local block of every joint."""
+        for index, spec in enumerate(self._specs):
+            for parts in self._local.get(spec.joint.weight, ()):
+                for cut in block_ranges(parts.box.numel):
+                    yield index, parts, cut
+
+    def _reduce(self, rows: Array, fill: Callable[[], None], op: ReduceOp) -> Array:
+        """One rank's failure ends the round on all of them, instead of leaving the others in the
+        all-reduce."""
+        self._group.everywhere(fill)
+        merged: Array = self._group.all_reduce(torch.from_numpy(rows), op).numpy()
+        return merged

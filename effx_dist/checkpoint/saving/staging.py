@@ -1,0 +1,90 @@
+"""The training-safe copy: live pieces into host buffers that are reused from save to save."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from effx_dist.checkpoint.saving.arena import rounded, shared_bytes, view_at
+from effx_dist.checkpoint.state.fragment import Fragment
+from effx_dist.checkpoint.state.tree import Leaf
+from effx_dist.shard import Box
+
+Part = tuple[str, Box, torch.Tensor]
+"""Name of a tensor, one box of it, and the live values."""
+
+
+SHARED_MEMORY = "/dev/shm"
+
+
+class Staging:
+    """Copies fragments so that later training steps cannot change what is being saved.
+
+    Buffers are pinned where the source is on an accelerator; where ``shared``, they lie in one piece of
+    memory that a saving process maps, whatever the number of tensors.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self._shared = shared
+        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._memory: torch.Tensor | None = None
+
+    def copy(self, leaves: Mapping[str, Leaf]) -> dict[str, Fragment]:
+        """Fragments of all leaves in host memory. Waits for the copies. No communication is
+        performed."""
+        live = {name: Fragment.of(name, leaf) for name, leaf in leaves.items()}
+        parts = [(name, box, part) for name, found in live.items() for box, part in found.own_parts]
+        buffers = self._shared_buffers(parts) if self._shared else self._own_buffers(parts)
+        staged = {name: Fragment(found.shape, found.dtype, []) for name, found in live.items()}
+        for (name, box, part), buffer in zip(parts, buffers, strict=True):
+            buffer.copy_(part, non_blocking=buffer.is_pinned())
+            staged[name].parts.append((box, buffer))
+        for device in {part.device for _, _, part in parts}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return staged
+
+    def clear(self) -> None:
+        """Let go of all buffers."""
+        self._buffers.clear()
+        self._memory = None
+
+    def _own_buffers(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        before, self._buffers = self._buffers, {}
+        for name, box, part in parts:
+            key = (name, box.offsets)
+            found = before.get(key)
+            if found is None or tuple(found.shape) != box.sizes or found.dtype != part.dtype:
+                pinned = part.device.type == "cuda"
+                found = torch.empty(box.sizes, dtype=part.dtype, pin_memory=pinned)
+            self._buffers[key] = found
+        return list(self._buffers.values())
+
+    def _shared_buffers(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        specs, end = [], 0
+        for _, box, part in parts:
+            specs.append((end, box.sizes, part.dtype))
+            end += rounded(box.numel * part.element_size())
+        if self._memory is None or self._memory.numel() < end:
+            self._memory = None  # given back before more is taken
+            _check_room(end)
+            self._memory = shared_bytes(end)
+        memory = self._memory
+        return [view_at(memory, spec) for spec in specs]
+
+
+def _check_room(num_bytes: int) -> None:
+    """Shared memory that is full is not refused: the first write to it ends the process."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    found = os.statvfs(SHARED_MEMORY)
+    free = found.f_bavail * found.f_frsize
+    if num_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{SHARED_MEMORY}: {free} bytes are free of {num_bytes} that a save's copy needs; enlarge it "
+            '(docker run --shm-size), or set effx.excp.async_mode = "thread"',
+        )
