@@ -20,8 +20,8 @@ from effx_dist.core.cautious import scale_from_count
 from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD
 from effx_dist.optim.base import CautiousOptimizer
 from effx_dist.optim.kernels import Implementation
-from effx_dist.optim.layout import draw_layout
-from effx_dist.optim.plan import StepPlan, plan_step
+from effx_dist.optim.param_layout import draw_layout
+from effx_dist.optim.step_plan import StepPlan, plan_step
 
 FUSED = "torch AdamW fused"
 COPY = "copy"
@@ -157,7 +157,7 @@ def _ours(optimizer: CautiousOptimizer, label: str, tensors: Tensors) -> Contend
     plan = _planner(optimizer)()
     (walks,) = {type(walk).__name__ for part in plan.walks for _, walk in part}
     name = f"effx {type(optimizer).__name__} {label}"
-    return Contender(name, optimizer.step, None if walks == "EagerWalks" else moved, walks)
+    return Contender(name, optimizer.step, None if walks == "EagerKernels" else moved, walks)
 
 
 def _clipped_ours(optimizer: CautiousOptimizer, tensors: Tensors) -> Contender:

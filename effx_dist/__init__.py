@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from effx_dist.version import __version__
+
 if TYPE_CHECKING:
     import effx_dist.engines.fsdp2 as fsdp2
     from effx_dist import checkpoint
@@ -16,9 +18,6 @@ if TYPE_CHECKING:
     from effx_dist.config import EffxConfig
     from effx_dist.data import InfoBatchSampler, ProgressLR, sequence_losses, with_sample_ids
     from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD, cautious
-
-# The one place that states the version: pyproject.toml reads it from here.
-__version__ = "0.1.0"
 
 # The public names that need nothing beyond the plain install; `import *` gives exactly these.
 __all__ = [

@@ -12,10 +12,11 @@ import torch
 from effx_dist.checkpoint import Chain, ExcpReader, ExcpWriter, Fragment
 from effx_dist.checkpoint.format.manifest import Manifest, ParentRecord
 from effx_dist.checkpoint.format.reader import ChainReader, read_manifest
-from effx_dist.checkpoint.saving.decision import SaveFacts
 from effx_dist.checkpoint.saving.drive import drive_load, drive_save
+from effx_dist.checkpoint.saving.manifest_building import SaveFacts
 from effx_dist.checkpoint.state.joints import is_chained
-from effx_dist.checkpoint.storage.steps import newest_step, step_name
+from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import newest_step
 from effx_dist.config import ExcpConfig
 from effx_dist.shard import Box, Group, flat_range_to_boxes, run_ranks, whole_box
 
@@ -165,7 +166,7 @@ def go_on(
         references = {
             (name, box.offsets): part
             for name, fragment in fragments.items()
-            for box, part in fragment.parts
+            for box, part in fragment.pieces
             if is_chained(name, fragment.facts)
         }
         parent = ParentRecord(name=top.folder.name, xxh3=top.checksum)

@@ -18,18 +18,17 @@ from torch import nn
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.places import location
-from effx_dist.checkpoint.storage.steps import (
+from effx_dist.checkpoint.storage.step_names import (
     LATEST,
     MANIFEST,
     MANIFEST_SHA256,
     MERGED,
     MOMENTS_REMOVED,
     PINNED,
-    committed_steps,
     is_moments_file,
-    newest_step,
     step_name,
 )
+from effx_dist.checkpoint.storage.steps import committed_steps, newest_step
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import RankFailedError
 from effx_dist.shard import Group, SoloGroup, run_ranks

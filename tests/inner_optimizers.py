@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 
 class ElementwiseOptimizer(Optimizer):
-    """Walks over the parameters; a subclass says what happens to each."""
+    """Kernels over the parameters; a subclass says what happens to each."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -96,11 +96,11 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def is_rounded(handle: Handle, whole: dict[str, torch.Tensor]) -> bool:
     """Whether the parameters that compute are what master weights are, in their dtype, on this rank."""
-    for placement in handle.layout.placed:
-        expected = whole[placement.name].to(placement.tensor.dtype)
-        for box, start in placement.parts:
-            piece = Piece(WholeTensor(placement.name, placement.shape), box, start)
-            if not torch.equal(piece.view(placement.tensor.data), expected[box.slices]):
+    for local in handle.layout.local_tensors:
+        expected = whole[local.name].to(local.tensor.dtype)
+        for box, start in local.boxes:
+            piece = Piece(WholeTensor(local.name, local.shape), box, start)
+            if not torch.equal(piece.view(local.tensor.data), expected[box.slices]):
                 return False
     return True
 
@@ -290,7 +290,7 @@ def between(folder: Path, saving: Case, loading: Case) -> dict[str, Any]:
     with job_of(loading) as (job, handle):
         handle.load_checkpoint(folder)
         loaded = state_of(handle)
-        whole = {p.name for p in handle.layout.placed} <= saved.mains.keys()
+        whole = {p.name for p in handle.layout.local_tensors} <= saved.mains.keys()
         rounded = is_rounded(handle, saved.mains) if whole else None
         job.train(1, first=STEPS)
         return {

@@ -10,7 +10,7 @@ import torch
 from tests.megatron_runs import Case, Gathered, gathered, make_job, parallel, whole_weight
 
 # isort: split
-from effx_dist.engines.megatron.layout import Layout, survey
+from effx_dist.engines.megatron.job_layout import JobLayout, survey
 from effx_dist.shard import start_sum
 
 NO_BUCKETS = {"bucket_size": None}
@@ -60,7 +60,7 @@ CASES = {
 class Found:
     """Of one case, on one rank."""
 
-    members: list[str]
+    known_tensors: list[str]
     copies: int
     """How often each element is there because data-parallel ranks are not cut, or cut apart."""
     names: set[str] = field(default_factory=set)
@@ -88,12 +88,12 @@ def _of_case(case: Case) -> Found:
         return _found(survey(job.optimizer, job.chunks), case, job.dp)
 
 
-def _found(layout: Layout, case: Case, dp: int) -> Found:
+def _found(layout: JobLayout, case: Case, dp: int) -> Found:
     found = Found(
-        [str(member) for member in layout.members], case.instances if case.distributed else dp
+        [str(member) for member in layout.known_tensors], case.instances if case.distributed else dp
     )
-    frozen = {member.name for member in layout.members if member.group_index < 0}
-    found.names = {member.name for member in layout.members} - frozen
+    frozen = {member.name for member in layout.known_tensors if member.group_index < 0}
+    found.names = {member.name for member in layout.known_tensors} - frozen
     for name, tensor in gathered(layout, lambda _, param: param.main).items():
         found.shapes[name] = tuple(tensor.values.shape)
         found.times[name] = tensor.times

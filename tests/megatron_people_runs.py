@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from effx_dist.engines.megatron import attach
 from effx_dist.engines.megatron.checks import check
-from effx_dist.engines.megatron.fragments import unwrapped
+from effx_dist.engines.megatron.local_tensors import unwrapped
 from effx_dist.errors import EffxError
 
 MOE = {"num_experts": 4, "dtype": BF16}

@@ -37,8 +37,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from effx_dist.engines.megatron.fragments import MainParam, placements
-from effx_dist.engines.megatron.layout import Layout
+from effx_dist.engines.megatron.job_layout import JobLayout
+from effx_dist.engines.megatron.local_tensors import MainParam, find_local_tensors
 from effx_dist.shard import Piece, WholeTensor
 
 VOCABULARY = 96
@@ -279,11 +279,11 @@ def _wrapped(case: Case, module: Any, number: int | None) -> DistributedDataPara
 
 def give_weights(chunks: Sequence[Any]) -> None:
     """To each parameter what its name says, of which every rank takes its parts."""
-    for placement in placements(chunks):
-        whole = whole_weight(placement.name, placement.shape).to(placement.tensor)
-        for box, start in placement.parts:
-            piece = Piece(WholeTensor(placement.name, placement.shape), box, start)
-            piece.view(placement.tensor.data).copy_(whole[box.slices])
+    for local in find_local_tensors(chunks):
+        whole = whole_weight(local.name, local.shape).to(local.tensor)
+        for box, start in local.boxes:
+            piece = Piece(WholeTensor(local.name, local.shape), box, start)
+            piece.view(local.tensor.data).copy_(whole[box.slices])
 
 
 def whole_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -307,12 +307,12 @@ class Gathered:
 
 
 def gathered(
-    layout: Layout, of: Callable[[Any, MainParam], torch.Tensor | None]
+    layout: JobLayout, of: Callable[[Any, MainParam], torch.Tensor | None]
 ) -> dict[str, Gathered]:
     """By name, what ``of`` an optimizer and a parameter gives, in the order of what is stepped. Duplicates
     must be equal. Collective; the result is the first rank's, others get nothing."""
     held = [
-        (param.whole.name, param.whole.shape, param.placement.is_main, piece.box, piece.view(local))
+        (param.whole.name, param.whole.shape, param.local.is_main, piece.box, piece.view(local))
         for optimizer, params in zip(layout.optimizers, layout.params, strict=True)
         for param in params
         if param.main is not None and (local := of(optimizer, param)) is not None
@@ -334,12 +334,12 @@ def gathered(
     return found
 
 
-def mains(layout: Layout) -> dict[str, Gathered]:
+def mains(layout: JobLayout) -> dict[str, Gathered]:
     """The master weights."""
     return gathered(layout, lambda _, param: param.main)
 
 
-def states(layout: Layout, key: str) -> dict[str, Gathered]:
+def states(layout: JobLayout, key: str) -> dict[str, Gathered]:
     """What the inner optimizers keep for each element; numbers of steps as tensors full of them."""
 
     def of(optimizer: Any, param: MainParam) -> torch.Tensor | None:

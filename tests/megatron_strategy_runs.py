@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from effx_dist.engines.megatron import Handle
-from effx_dist.engines.megatron.fragments import unwrapped
+from effx_dist.engines.megatron.local_tensors import unwrapped
 
 CASES = {
     "dp": Case(dtype=BF16),

@@ -14,7 +14,8 @@ from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.saving.writer import ExcpWriter
 from effx_dist.checkpoint.storage.places import location
-from effx_dist.checkpoint.storage.steps import committed_steps, step_name
+from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.checkpoint.tools.compress import CompressReport, ReadOptions, compress_series
 from effx_dist.checkpoint.tools.compress.content import PlainContent
 from effx_dist.checkpoint.tools.compress.division import Division

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from effx_dist.checkpoint.format import whole_tensors as pieces
-from effx_dist.checkpoint.storage.steps import step_name
+from effx_dist.checkpoint.storage.step_names import step_name
 from effx_dist.checkpoint.tools.convert import ConvertOptions, convert_checkpoint
 from effx_dist.checkpoint.tools.sharing import dealt_out
 from effx_dist.errors import ConfigError, RankFailedError

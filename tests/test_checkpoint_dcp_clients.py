@@ -282,7 +282,7 @@ def test_the_copy_is_whole_and_no_view() -> None:
     staged = CopyingStager().stage(state)
     value.fill_(-1)
     assert staged["a"][0].tolist() == staged["a"][1]["b"][0].tolist() == [0, 1, 2, 3]
-    assert staged["f"].parts[0][1].tolist() == [0, 1, 2, 3]
+    assert staged["f"].pieces[0][1].tolist() == [0, 1, 2, 3]
     assert staged["a"][1]["b"][1] == 3
     assert (isinstance(ExcpWriter("x"), AsyncStager)) == (not COPIES_BY_ITSELF)
 

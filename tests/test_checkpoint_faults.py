@@ -14,7 +14,8 @@ from effx_dist.checkpoint import Checkpointer, ExcpWriter, verify_folder
 from effx_dist.checkpoint.format.chunks import JointParts
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.ownership import OWNER
-from effx_dist.checkpoint.storage.steps import LATEST, committed_steps, step_name
+from effx_dist.checkpoint.storage.step_names import LATEST, step_name
+from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, RankFailedError
 from effx_dist.shard import Group, run_ranks

@@ -16,22 +16,24 @@ from hypothesis import strategies as st
 
 from effx_dist.checkpoint.saving.retention import remove_leftovers
 from effx_dist.checkpoint.storage.places import Location, location
-from effx_dist.checkpoint.storage.steps import (
+from effx_dist.checkpoint.storage.step_names import (
     LATEST,
     MANIFEST,
     REMOVING,
     checked_rank_file_name,
     checked_sibling_name,
-    claim_step_folder,
-    committed_steps,
     is_moments_file,
     moments_file_name,
-    newest_step,
     rank_file_name,
-    remove_step,
-    require_committed,
     step_name,
     step_of,
+)
+from effx_dist.checkpoint.storage.steps import (
+    claim_step_folder,
+    committed_steps,
+    newest_step,
+    remove_step,
+    require_committed,
     uncommitted_steps,
     unfinished_steps,
 )

@@ -11,8 +11,9 @@ import torch
 
 from effx_dist.checkpoint import Checkpointer, Fragment
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName, live_state
-from effx_dist.checkpoint.storage.steps import step_name
+from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName
+from effx_dist.checkpoint.state.torch_state import live_state
+from effx_dist.checkpoint.storage.step_names import step_name
 from effx_dist.errors import ConfigError, LayoutMismatchError, RankFailedError
 from effx_dist.shard import Group, Piece, WholeTensor, pieces_of_flat_range, run_ranks
 from tests.runs import Run, lossless
@@ -104,7 +105,7 @@ class Flat(LiveState):
         for name, entries in self._by_name().items():
             found |= {f"optimizer.{name}.{key}": value for key, value in entries.items()}
         return {
-            name: [(box, part.clone()) for box, part in Fragment.of(name, value).parts]
+            name: [(box, part.clone()) for box, part in Fragment.of(name, value).pieces]
             for name, value in found.items()
         }
 

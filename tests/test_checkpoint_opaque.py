@@ -26,7 +26,7 @@ from effx_dist.checkpoint import (
     verify_folder,
 )
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.state.values import MAX_OPAQUE_BYTES, parse_value, payload_of
+from effx_dist.checkpoint.state.tree import MAX_OPAQUE_BYTES, parse_value, payload_of
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CorruptCheckpointError
 from tests.ranks import spawn

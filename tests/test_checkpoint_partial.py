@@ -12,7 +12,7 @@ from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.storage.steps import step_name
+from effx_dist.checkpoint.storage.step_names import step_name
 from effx_dist.errors import CorruptCheckpointError, LayoutMismatchError
 from effx_dist.shard import Group, run_ranks
 from tests.chain_runs import read_whole, same_bits

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.by_folder import MAX_OPEN, CheckpointersByFolder
+from effx_dist.checkpoint.checkpointer import MAX_OPEN, CheckpointersByFolder
 from effx_dist.checkpoint.saving.arena import Bundle, shared_bytes, view_at
 from effx_dist.checkpoint.saving.executor import ProcessExecutor
 from effx_dist.checkpoint.saving.staging import Staging
@@ -80,7 +80,7 @@ def test_staged_values_stay_where_others_come_and_go(shared: bool) -> None:
         for leaf in leaves.values():
             leaf.zero_()
         for name, fragment in staged.items():
-            [(_, part)] = fragment.parts
+            [(_, part)] = fragment.pieces
             expected = torch.arange(7) + round_ if name == "ids" else 10.0 * int(name[1]) + round_
             assert torch.equal(part, torch.as_tensor(expected).expand_as(part).to(part.dtype))
     staging.clear()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effx_dist.checkpoint.format import chunks
-from effx_dist.checkpoint.format.regions import blocks_in_region
+from effx_dist.checkpoint.format.chunks import blocks_in_box
 from effx_dist.shard import Box
 
 
@@ -32,7 +32,7 @@ def test_what_is_loaded_and_stored_is_the_region(case: tuple[Box, Box], block_nu
     inside = region.relative_to(chunk).slices
     target = torch.zeros(region.sizes, dtype=values.dtype)
     with mock.patch.object(chunks, "BLOCK_NUMEL", block_numel):
-        found = list(blocks_in_region(chunk, region))
+        found = list(blocks_in_box(chunk, region))
     for block in found:
         start = block.index * block_numel
         expected = values.reshape(-1)[start : start + block.numel]
@@ -47,7 +47,7 @@ def test_what_is_loaded_and_stored_is_the_region(case: tuple[Box, Box], block_nu
 def test_a_block_that_is_a_stretch_of_the_region_shares_its_memory() -> None:
     chunk = Box((4, 0), (6, 8))
     target = torch.zeros(6, 8)
-    [block] = blocks_in_region(chunk, chunk)
+    [block] = blocks_in_box(chunk, chunk)
     block.load(target).fill_(2)
     assert torch.equal(target, torch.full((6, 8), 2.0))
     columns = torch.zeros(6, 16)[:, :8]

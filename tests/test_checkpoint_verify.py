@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from effx_dist.checkpoint import VerifyReport, verify_folder
-from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
+from effx_dist.checkpoint.storage.step_names import MANIFEST, step_name
 from effx_dist.checkpoint.tools import verify as verify_module
 from effx_dist.errors import CheckpointNotFoundError, RankFailedError
 from effx_dist.shard import Group, run_ranks

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from effx_dist.checkpoint import Fragment
-from effx_dist.checkpoint.state.live import LiveState, TorchState
+from effx_dist.checkpoint.state.live import LiveState
+from effx_dist.checkpoint.state.torch_state import TorchState
 from effx_dist.shard import TorchGroup, whole_box
 from tests.conformance import cautious as cautious_conformance
 from tests.conformance import state as conformance
@@ -72,9 +73,9 @@ class WrongState(TorchState):
         found = super().model_state()
         name, leaf = next(iter(found.items()))
         fragment = Fragment.of(name, leaf)
-        box, part = fragment.parts[0]
+        box, part = fragment.pieces[0]
         if self.wrong == "lost":
-            found[name] = Fragment(fragment.shape, fragment.dtype, fragment.parts[1:])
+            found[name] = Fragment(fragment.shape, fragment.dtype, fragment.pieces[1:])
         elif self.wrong == "twice":
             again = (whole_box(fragment.shape), torch.zeros(fragment.shape))
             found[name] = Fragment(fragment.shape, fragment.dtype, [(box, part), again])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ MAX_PUBLIC_NAMES = 12
 
 # Each unit may import itself and what stands above it here; units in one line are peers.
 LAYERS = [
+    ["version"],
     ["errors", "launchers"],
     ["config"],
     ["native"],
@@ -32,6 +33,9 @@ LAYERS = [
     ["cli", "launch"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+# The same within checkpoint/, whose own __init__.py hands on what all of them have.
+FLOORS = ["storage", "format", "state", "saving", "loading", "checkpointer", "tools"]
+FLOOR = {name: level for level, name in enumerate(FLOORS)}
 
 # Only engines/<key>.py, or the files of engines/<key>/, may import these; launch/ holds user's
 # scripts, which call their engine.
@@ -51,6 +55,7 @@ ENGINES = {
 PACKAGE = sorted((ROOT / "effx_dist").rglob("*.py"))
 LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MODULES: dict[str, Path] = {}
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*PACKAGE, *LAUNCH]}
 
 
@@ -89,7 +94,7 @@ def imported_unit(name: str) -> str | None:
     top, *rest = name.split(".")
     if top == "launch":
         return "launch"
-    if top != "effx_dist" or rest in (["__version__"], ["_import_engine"]):
+    if top != "effx_dist" or rest == ["_import_engine"]:
         return None
     return rest[0] if rest and rest[0] in LEVEL else "effx_dist"
 
@@ -100,6 +105,57 @@ def may_import(importer: str, imported: str) -> bool:
     if imported == "effx_dist":  # the public names, which are for users
         return importer == "launch"
     return LEVEL[imported] < LEVEL[importer]
+
+
+def floor_of(name: str) -> str | None:
+    """Name the floor of checkpoint/ that a dotted name lies on, None if it lies on none."""
+    parts = name.split(".")
+    is_on_one = parts[:2] == ["effx_dist", "checkpoint"] and len(parts) > 2
+    return parts[2] if is_on_one and parts[2] in FLOOR else None
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES.update({module_of(path): path for path in PACKAGE})
+
+
+def only_for_types(tree: ast.AST) -> set[ast.AST]:
+    """All nodes below an `if TYPE_CHECKING:`, which no running program imports."""
+    blocks = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    return {node for block in blocks for child in block.body for node in ast.walk(child)}
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Our modules that one imports when it runs, wherever in it the import stands."""
+    skipped = only_for_types(tree)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in skipped:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = names & MODULES.keys()
+            found |= submodules | ({str(node.module)} if names - submodules else set())
+        elif isinstance(node, ast.Import) and node not in skipped:
+            found |= {alias.name for alias in node.names}
+    return found & MODULES.keys()
+
+
+def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, by taking away again and again what imports nothing that is
+    left, and what nothing that is left imports."""
+    left = {module: set(names) - {module} for module, names in imports.items()}
+    while True:
+        wanted = {name for names in left.values() for name in names}
+        kept = {m: n & left.keys() for m, n in left.items() if n & left.keys() and m in wanted}
+        if kept == left:
+            return [sorted(left)] if left else []
+        left = kept
 
 
 def engine_of(name: str) -> str | None:
@@ -127,6 +183,51 @@ def test_imports_run_downwards() -> None:
         if (unit := imported_unit(name)) is not None and not may_import(unit_of(path), unit)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_floors_of_checkpoint_import_downwards() -> None:
+    on_floors = {path: floor for path in PACKAGE if (floor := floor_of(module_of(path)))}
+    assert set(on_floors.values()) == set(FLOORS)
+    top = {"effx_dist.checkpoint", *(f"effx_dist.checkpoint.{name}" for name in FLOORS)}
+    strays = [
+        module
+        for path in PACKAGE
+        if (module := module_of(path)).startswith("effx_dist.checkpoint")
+        and module not in top
+        and floor_of(module) is None
+    ]
+    assert not strays, f"on no floor: {strays}"
+    wrong = [
+        f"{shown(path)}:{line} imports {name}"
+        for path, floor in on_floors.items()
+        for line, name in imported_names(TREES[path])
+        if ((other := floor_of(name)) is not None and FLOOR[other] > FLOOR[floor])
+        or (name.startswith("effx_dist.checkpoint.") and other is None)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_by_others() -> None:
+    imports = {module: imported_modules(TREES[path]) for module, path in MODULES.items()}
+    assert len(imports) > 100
+    assert not circles(imports)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+FORMER_PATHS = {
+    "effx_dist.checkpoint.drive": "drive_save",
+    "effx_dist.checkpoint.live": "LiveState",
+    "effx_dist.checkpoint.manifest": "Manifest",
+    "effx_dist.checkpoint.writer": "ExcpWriter",
+}
+
+
+@pytest.mark.parametrize("path", FORMER_PATHS)
+def test_a_path_that_the_docs_have_named_still_works(path: str) -> None:
+    name = FORMER_PATHS[path]
+    run_python(
+        f"from {path} import {name}; import {path} as module; assert module.{name} is {name}"
+    )
 
 
 def test_only_its_adapter_uses_an_engine() -> None:

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from effx_dist.core.update_rules import SGD, AdamW, Lion, NesterovSGD, UpdateRule
 from effx_dist.errors import ConfigError
 from effx_dist.optim import CautiousAdamW
-from effx_dist.optim.kernels import NUM_COLUMNS, EagerWalks, Item, Walks, compiled, walks_class
-from effx_dist.optim.kernels.compiled import CompiledWalks
-from effx_dist.optim.kernels.walks import working_dtype
+from effx_dist.optim.kernels import (
+    NUM_COLUMNS,
+    EagerKernels,
+    Item,
+    Kernels,
+    compiled,
+    kernels_class,
+)
+from effx_dist.optim.kernels.compiled import CompiledKernels
+from effx_dist.optim.kernels.interface import working_dtype
 
 pytestmark = pytest.mark.skipif(not compiled.is_available(), reason="no C++ compiler with OpenMP")
 
@@ -79,7 +86,7 @@ def rows_of(rule: UpdateRule, *options: tuple[float, float, float, float]) -> to
 
 
 def walk(
-    form: type[Walks],
+    form: type[Kernels],
     rule: UpdateRule,
     items: Sequence[Item],
     rows: torch.Tensor,
@@ -105,8 +112,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def assert_same(rule: UpdateRule, items: Sequence[Item], rows: torch.Tensor) -> None:
     num_slots = 1 + max(item.slot for item in items)
     scales = torch.linspace(1.0, 3.7, num_slots, dtype=torch.float64)
-    counts, found = walk(CompiledWalks, rule, items, rows, scales)
-    expected_counts, expected = walk(EagerWalks, rule, items, rows, scales)
+    counts, found = walk(CompiledKernels, rule, items, rows, scales)
+    expected_counts, expected = walk(EagerKernels, rule, items, rows, scales)
     assert torch.equal(counts, expected_counts)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(bits(ours.param), bits(theirs.param))
@@ -154,7 +161,7 @@ def test_both_walks_at_once_give_the_eager_bits(rule: UpdateRule, threads: None)
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
         results = []
-        for form in (CompiledWalks, EagerWalks):
+        for form in (CompiledKernels, EagerKernels):
             stepped, counts = [copied(item) for item in items], torch.zeros_like(slots)
             form(rule, stepped, rows).step_wholes(counts, slots)
             parts = [part for item in stepped for part in (item.param, *item.moments)]
@@ -167,7 +174,7 @@ def test_both_walks_at_once_give_the_eager_bits(rule: UpdateRule, threads: None)
 def test_where_a_piece_starts_in_memory_changes_nothing(rule: UpdateRule, start: int) -> None:
     whole = make_item(rule, 5000)
     rows, scales = rows_of(rule, (0.01, 0.97, 1.0, 3.0)), torch.ones(1, dtype=torch.float64)
-    count, (stepped,) = walk(CompiledWalks, rule, [whole], rows, scales)
+    count, (stepped,) = walk(CompiledKernels, rule, [whole], rows, scales)
     cuts = [0, start, start + 1, start + 1 + 1000, 5000]
     pieces = copied(whole)
     cut = [
@@ -176,7 +183,7 @@ def test_where_a_piece_starts_in_memory_changes_nothing(rule: UpdateRule, start:
         )
         for a, b in itertools.pairwise(cuts)
     ]
-    walks = CompiledWalks(rule, cut, rows)
+    walks = CompiledKernels(rule, cut, rows)
     counts = torch.zeros(1, dtype=torch.int64)
     walks.count_into(counts)
     walks.update(scales, None)
@@ -193,7 +200,7 @@ def test_every_16_bit_value_is_read_and_written_back(dtype: torch.dtype) -> None
     item = Item(every.clone(), every, (torch.full((len(every),), -0.0),), 0, 0, False)
     still = rows_of(rule, (0.0, 1.0, 1.0, 1.0))
     # Infinite gradients times a step of 0 are NaN, and zeros may change sign; all else must stay.
-    _, (left,) = walk(CompiledWalks, rule, [item], still, one)
+    _, (left,) = walk(CompiledKernels, rule, [item], still, one)
     stays = every.isfinite() & (every != 0)
     assert torch.equal(bits(left.param)[stays], bits(every)[stays])
     assert torch.equal(bits(left.moments[0]), bits(every.float()))
@@ -206,7 +213,7 @@ def test_rounding_to_16_bits_is_to_the_nearest_even(dtype: torch.dtype) -> None:
     for decay in (0.5, 1 + 2**-9, 1 + 2**-12, 3.0, 2**-9 * 1.5):  # halves, ties, overflows
         item = Item(every, torch.zeros_like(every), (torch.zeros(len(every)),), 0, 0, False)
         rows = rows_of(rule, (0.0, decay, 1.0, 1.0))
-        _, (left,) = walk(CompiledWalks, rule, [item], rows, one)
+        _, (left,) = walk(CompiledKernels, rule, [item], rows, one)
         rounded = (every.float() * torch.tensor(decay, dtype=torch.float32)).to(dtype)
         assert torch.equal(bits(left.param), bits(rounded))
 
@@ -240,7 +247,7 @@ def test_the_first_walk_writes_nothing_and_a_skip_neither(rule: UpdateRule) -> N
     item = make_item(rule, 999, special=True)
     before = copied(item)
     rows = rows_of(rule, (0.01, 0.97, 1.0, 3.0))
-    for form in (CompiledWalks, EagerWalks):
+    for form in (CompiledKernels, EagerKernels):
         walks = form(rule, [item], rows)
         counts = torch.zeros(1, dtype=torch.int64)
         walks.count_into(counts)
@@ -251,7 +258,7 @@ def test_the_first_walk_writes_nothing_and_a_skip_neither(rule: UpdateRule) -> N
         ):
             assert torch.equal(bits(ours), bits(theirs))
     grad_before = before.grad.clone()
-    CompiledWalks(rule, [item], rows).update(
+    CompiledKernels(rule, [item], rows).update(
         torch.ones(1, dtype=torch.float64), torch.tensor(False)
     )
     assert torch.equal(bits(item.grad), bits(grad_before))
@@ -292,8 +299,8 @@ def test_strides_of_any_kind(layout: str) -> None:
 
 
 def test_a_device_that_an_implementation_is_not_for_is_named() -> None:
-    assert walks_class("auto", torch.device("cpu")) is CompiledWalks
-    assert walks_class("auto", torch.device("meta")) is EagerWalks
-    assert walks_class("eager", torch.device("cuda")) is EagerWalks
+    assert kernels_class("auto", torch.device("cpu")) is CompiledKernels
+    assert kernels_class("auto", torch.device("meta")) is EagerKernels
+    assert kernels_class("eager", torch.device("cuda")) is EagerKernels
     with pytest.raises(ConfigError, match=r"implementation='compiled' is for the CPU.*cuda:1"):
-        walks_class("compiled", torch.device("cuda:1"))
+        kernels_class("compiled", torch.device("cuda:1"))

@@ -11,7 +11,7 @@ from tests.fresh_interpreter import needs_compiler, relaxed_compiler_in
 STEP_TWICE = """
 import warnings, torch
 from effx_dist.optim import CautiousAdamW
-from effx_dist.optim.kernels import walks_class
+from effx_dist.optim.kernels import kernels_class
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for implementation in ("auto", "compiled"):
@@ -21,7 +21,7 @@ with warnings.catch_warnings(record=True) as caught:
             param.grad = torch.ones(3)
             opt.step()
         assert torch.allclose(param, torch.zeros(3), atol=1e-6), param
-print(walks_class("auto", torch.device("cpu")).__name__)
+print(kernels_class("auto", torch.device("cpu")).__name__)
 for warning in caught:
     print(warning.category.__name__, warning.message)
 """
@@ -32,13 +32,13 @@ run = partial(fresh_interpreter.run, STEP_TWICE)
 
 @needs_compiler
 def test_it_is_built_once(tmp_path: Path) -> None:
-    assert run(tmp_path) == ["CompiledWalks"]
-    assert run(tmp_path, path="") == ["CompiledWalks"], "kept: no compiler is needed any more"
+    assert run(tmp_path) == ["CompiledKernels"]
+    assert run(tmp_path, path="") == ["CompiledKernels"], "kept: no compiler is needed any more"
 
 
 def test_without_a_compiler_it_is_eager_with_one_warning(tmp_path: Path) -> None:
     name, warning = run(tmp_path, path="")
-    assert name == "EagerWalks"
+    assert name == "EagerKernels"
     assert "RuntimeWarning" in warning
     assert "c++, g++, clang++ is on the PATH" in warning
     assert "implementation='eager'" in warning
@@ -47,5 +47,5 @@ def test_without_a_compiler_it_is_eager_with_one_warning(tmp_path: Path) -> None
 @needs_compiler
 def test_a_compiler_that_relaxes_arithmetic_is_found_out(tmp_path: Path) -> None:
     name, warning = run(tmp_path, path=relaxed_compiler_in(tmp_path / "bin"))
-    assert name == "EagerWalks"
+    assert name == "EagerKernels"
     assert "does not give the bits of the eager one" in warning

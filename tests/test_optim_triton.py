@@ -66,14 +66,14 @@ POINTERS = {
 
 
 def ptx_of(kernel: Any, **constants: Any) -> str:
-    """What a kernel is compiled to for an H100, as TritonWalks has it compiled."""
+    """What a kernel is compiled to for an H100, as TritonKernels has it compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from effx_dist.optim.kernels import triton_walks
+    from effx_dist.optim.kernels import triton_launch as triton_launch
 
-    constants["BLOCK"] = triton_walks.BLOCK
+    constants["BLOCK"] = triton_launch.BLOCK
     signature = {name: POINTERS.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -81,7 +81,7 @@ def ptx_of(kernel: Any, **constants: Any) -> str:
         if name in POINTERS
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"enable_fp_fusion": False, "num_warps": triton_walks.NUM_WARPS}
+    options = {"enable_fp_fusion": False, "num_warps": triton_launch.NUM_WARPS}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx: str = compiled.asm["ptx"]
     return ptx
@@ -98,13 +98,14 @@ class TestCompiled:
 
     @staticmethod
     def _both(rule: str, param: torch.dtype, grad: torch.dtype, is_aligned: bool) -> list[str]:
-        from effx_dist.optim.kernels import triton_kernels, triton_walks
+        from effx_dist.optim.kernels import triton_kernels
+        from effx_dist.optim.kernels import triton_launch as triton_launch
 
         state = torch.float64 if param == torch.float64 else torch.float32
-        types = {"GRAD": triton_walks.TL_DTYPES[grad], "STATE": triton_walks.TL_DTYPES[state]}
+        types = {"GRAD": triton_launch.TL_DTYPES[grad], "STATE": triton_launch.TL_DTYPES[state]}
         common = {"RULE": rule, "ALIGNED": is_aligned, **types}
         count = ptx_of(triton_kernels.count_kernel, **common)
-        constants = {**common, "PARAM": triton_walks.TL_DTYPES[param], "HAS_SKIP": True}
+        constants = {**common, "PARAM": triton_launch.TL_DTYPES[param], "HAS_SKIP": True}
         return [count, ptx_of(triton_kernels.update_kernel, **constants)]
 
     @by_rule

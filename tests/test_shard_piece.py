@@ -29,15 +29,15 @@ from effx_dist.shard import (
     Box,
     Group,
     LocalRows,
-    Part,
     Piece,
+    PlacedBox,
     ShardMap,
     SoloGroup,
     ThreadGroup,
     WholeTensor,
     local_of,
+    pieces_of_boxes,
     pieces_of_flat_range,
-    pieces_of_parts,
     pieces_of_tensor,
     run_ranks,
     start_sum,
@@ -84,7 +84,7 @@ def cuts(draw: st.DrawFn, length: int, num_parts: int) -> list[tuple[int, int]]:
 
 
 @st.composite
-def cut_twice(draw: st.DrawFn) -> tuple[Shape, list[tuple[list[Part], list[tuple[int, int]]]]]:
+def cut_twice(draw: st.DrawFn) -> tuple[Shape, list[tuple[list[PlacedBox], list[tuple[int, int]]]]]:
     """A shape; for each tensor-parallel rank its parts, and the flat ranges that the data-parallel ranks
     have of them. Rows are cut in one or, as with gated layers, two stretches, or columns are."""
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
@@ -102,7 +102,7 @@ def cut_twice(draw: st.DrawFn) -> tuple[Shape, list[tuple[list[Part], list[tuple
         for start, stop in ranges:
             offsets = tuple(start if at == axis else 0 for at in range(len(shape)))
             sizes = tuple(stop - start if at == axis else n for at, n in enumerate(shape))
-            parts.append(Part(Box(offsets, sizes), local_start))
+            parts.append((Box(offsets, sizes), local_start))
             local_start += parts[-1].box.numel
         found.append((parts, cuts(draw, local_start, draw(st.integers(1, 4)))))
     return shape, found
@@ -110,7 +110,7 @@ def cut_twice(draw: st.DrawFn) -> tuple[Shape, list[tuple[list[Part], list[tuple
 
 @given(cut_twice())
 def test_parts_cut_into_flat_ranges_tile_the_whole_once(
-    case: tuple[Shape, list[tuple[list[Part], list[tuple[int, int]]]]],
+    case: tuple[Shape, list[tuple[list[PlacedBox], list[tuple[int, int]]]]],
 ) -> None:
     shape, ranks = case
     whole = torch.arange(math.prod(shape)).reshape(shape)
@@ -119,7 +119,7 @@ def test_parts_cut_into_flat_ranges_tile_the_whole_once(
         local = torch.cat([whole[part.box.slices].reshape(-1) for part in parts])
         for start, stop in ranges:
             stepped = local[start:stop].clone()
-            pieces = pieces_of_parts(WholeTensor("w", shape), parts, start, stop)
+            pieces = pieces_of_boxes(WholeTensor("w", shape), parts, start, stop)
             assert sum(piece.numel for piece in pieces) == stop - start
             for piece in pieces:
                 assert torch.equal(piece.view(stepped), whole[piece.box.slices])
@@ -129,7 +129,7 @@ def test_parts_cut_into_flat_ranges_tile_the_whole_once(
 
 @given(cut_twice())
 def test_moving_a_box_undoes_what_relative_to_does(
-    case: tuple[Shape, list[tuple[list[Part], list[tuple[int, int]]]]],
+    case: tuple[Shape, list[tuple[list[PlacedBox], list[tuple[int, int]]]]],
 ) -> None:
     shape, ranks = case
     for outer in (part.box for parts, _ in ranks for part in parts):

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from effx_dist.core.update_rules import SGD, AdamW, Lion, NesterovSGD, UpdateRule
 from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD
 from effx_dist.optim.base import CautiousOptimizer
-from effx_dist.optim.kernels import EagerWalks, Item, Walks, walks_class
-from effx_dist.optim.kernels.walks import working_dtype
-from effx_dist.optim.rows import Rows
+from effx_dist.optim.coefficients import Coefficients
+from effx_dist.optim.kernels import EagerKernels, Item, Kernels, kernels_class
+from effx_dist.optim.kernels.interface import working_dtype
 
 RULES: tuple[UpdateRule, ...] = (AdamW(), Lion(), SGD(), NesterovSGD())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,7 +88,7 @@ def make_case(
             index % 2 == 0,
         )
         items.append(item)
-    rows = Rows()
+    rows = Coefficients()
     common = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.9, "maximize": maximize}
     for lr, weight_decay in ((0.1, 0.02), (3e-3, 0.0)):
         settings = {"lr": lr, "weight_decay": weight_decay, **common}
@@ -149,7 +149,7 @@ def copied(case: Case) -> Case:
     return replace(case, memory=tuple(fresh.values()), items=items)
 
 
-def walk(form: type[Walks], case: Case, skip: torch.Tensor | None) -> torch.Tensor:
+def walk(form: type[Kernels], case: Case, skip: torch.Tensor | None) -> torch.Tensor:
     """Both walks; the counts, which do not start from zero."""
     device = case.rows.device
     counts = torch.arange(NUM_SLOTS, device=device) * 10**12
@@ -163,8 +163,8 @@ def walk(form: type[Walks], case: Case, skip: torch.Tensor | None) -> torch.Tens
 def assert_same_steps(case: Case, skip: torch.Tensor | None = None, max_ulps: int = 0) -> None:
     """Triton leaves in memory, margins included, what the eager form does. Counts are equal."""
     eager = copied(case)
-    counts = walk(walks_class("triton", case.rows.device), case, skip)
-    assert torch.equal(counts, walk(EagerWalks, eager, skip))
+    counts = walk(kernels_class("triton", case.rows.device), case, skip)
+    assert torch.equal(counts, walk(EagerKernels, eager, skip))
     for ours, theirs in zip(case.memory, eager.memory, strict=True):
         assert ulps_between(ours, theirs) <= max_ulps
 
@@ -256,11 +256,11 @@ def test_autograd_sees_the_update() -> None:
 
 
 def test_in_the_interpreter_it_is_for_the_cpu() -> None:
-    from effx_dist.optim.kernels import triton_walks
+    from effx_dist.optim.kernels import triton_launch as triton_launch
 
-    assert walks_class("triton", CPU) is triton_walks.TritonWalks
-    assert triton_walks.BLOCK == BLOCK
-    assert not triton_walks.runs_on(torch.device("cuda"))  # the interpreter would read host memory
+    assert kernels_class("triton", CPU) is triton_launch.TritonKernels
+    assert triton_launch.BLOCK == BLOCK
+    assert not triton_launch.runs_on(torch.device("cuda"))  # the interpreter would read host memory
 
 
 def make_params(device: torch.device) -> list[torch.Tensor]:

@@ -1,21 +1,31 @@
-"""Compressed, sharded, chained checkpoints.
+"""Compressed, sharded, chained checkpoints, on floors that import downwards only.
 
-Read checkpointer.py first (what a run uses), then writer.py and reader.py (what
-torch.distributed.checkpoint uses), manifest.py (the format) and chain.py (what a link is a
-difference against).
+storage/ <- format/ <- state/ <- saving/ <- loading/ <- checkpointer.py <- tools/. Begin with
+checkpointer.py (what a run uses), then saving/writer.py and loading/dcp_reader.py (what
+torch.distributed.checkpoint uses), format/manifest.py and saving/chain.py.
 """
 
+import sys
+
 from effx_dist.checkpoint.checkpointer import Checkpointer
+from effx_dist.checkpoint.format import manifest
 from effx_dist.checkpoint.format.bounds import set_max_decoded_bytes
 from effx_dist.checkpoint.loading.dcp_reader import ExcpReader
+from effx_dist.checkpoint.saving import drive, writer
 from effx_dist.checkpoint.saving.chain import Chain
 from effx_dist.checkpoint.saving.pending import PendingSave
 from effx_dist.checkpoint.saving.planners import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.saving.writer import ExcpWriter
+from effx_dist.checkpoint.state import live
 from effx_dist.checkpoint.state.fragment import Fragment
+from effx_dist.checkpoint.state.live import LiveState
 from effx_dist.checkpoint.state.rank_values import PerRank
 from effx_dist.checkpoint.tools.inspect import StepSummary, inspect_folder
 from effx_dist.checkpoint.tools.verify import VerifyReport, verify_folder
+
+# Modules that the documentation has named by another path keep it.
+for _module in (drive, live, manifest, writer):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
     "Chain",
@@ -25,6 +35,7 @@ __all__ = [
     "ExcpSavePlanner",
     "ExcpWriter",
     "Fragment",
+    "LiveState",
     "PendingSave",
     "PerRank",
     "StepSummary",

@@ -5,43 +5,55 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 
 from effx_dist.checkpoint.loading.dcp_reader import ExcpReader
 from effx_dist.checkpoint.loading.restore import Wanted, restore
 from effx_dist.checkpoint.loading.seeded import start_chain
-from effx_dist.checkpoint.saving.decision import SaveFacts
 from effx_dist.checkpoint.saving.executor import make_executor
-from effx_dist.checkpoint.saving.open_ones import closed, opened, settle_saves_in
+from effx_dist.checkpoint.saving.in_flight import closed, opened, settle, settle_saves_in
+from effx_dist.checkpoint.saving.manifest_building import SaveFacts
 from effx_dist.checkpoint.saving.pending import PendingSave
 from effx_dist.checkpoint.saving.saver import SaveJob
 from effx_dist.checkpoint.saving.sigterm import SigtermMemory
 from effx_dist.checkpoint.saving.staging import Staging
-from effx_dist.checkpoint.state.live import LiveState, live_state
+from effx_dist.checkpoint.state.live import LiveState
 from effx_dist.checkpoint.state.matching import LoadReport, NameMap, warn_of_left_alone
+from effx_dist.checkpoint.state.torch_state import live_state
 from effx_dist.checkpoint.state.training_state import Stateful, TrainingState, collect, shared_out
-from effx_dist.checkpoint.storage.places import location
-from effx_dist.checkpoint.storage.steps import (
-    StepPrefix,
-    committed_steps,
-    newest_step,
-    step_folder,
-    step_name,
-)
+from effx_dist.checkpoint.storage.places import folder_key, location
+from effx_dist.checkpoint.storage.step_names import StepPrefix, step_name
+from effx_dist.checkpoint.storage.steps import committed_steps, newest_step, step_folder
 from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag
 from effx_dist.config import ExcpConfig
-from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from effx_dist.errors import ConfigError
 from effx_dist.shard import Group, SoloGroup, meet, separate_group
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 PLAIN = ExcpConfig(profile="lossless", base_every=1)
 """What a Checkpointer without a config writes: exact, whole checkpoints."""
+
+
+def _and_wait(start: Callable[P, PendingSave]) -> Callable[P, PendingSave]:
+    """What ``start`` does, to its end."""
+
+    @wraps(start)
+    def save(*args: P.args, **kwargs: P.kwargs) -> PendingSave:
+        return start(*args, **kwargs).wait()
+
+    save.__doc__ = (
+        "As :meth:`async_save`, and waits for the commit. Raises what made the save fail."
+    )
+    return save
 
 
 class Checkpointer:
@@ -118,7 +130,7 @@ class Checkpointer:
                 f"{self.folder}: holds checkpoints already; load one, or begin in another folder"
             )
         state = self._control.everywhere(
-            lambda: collect(live_state(model), {}, {}, self._control.rank), keep_own_error=True
+            lambda: collect(live_state(model), {}, {}, self._control.rank)
         )
         self._executor.restart(start_chain(self.folder, state.leaves, self._control))
 
@@ -188,36 +200,10 @@ class Checkpointer:
     ) -> TrainingState:
         """What there is to save. The ranks wait for each other here only where a group was given,
         which has no other way to tell that one of them does not come."""
+        ranks = self._control if self._is_group_given else SoloGroup()
+        return ranks.everywhere(lambda: collect(live, stateful, extra, self._control.rank))
 
-        def found() -> TrainingState:
-            return collect(live, stateful, extra, self._control.rank)
-
-        if self._is_group_given:
-            return self._control.everywhere(found, keep_own_error=True)
-        return found()
-
-    def save(
-        self,
-        step: int,
-        model: torch.nn.Module | LiveState,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        stateful: Mapping[str, Stateful] | None = None,
-        extra: Mapping[str, Any] | None = None,
-        tag: str | None = None,
-        moves_latest: bool = True,
-    ) -> PendingSave:
-        """:meth:`async_save`, then wait for the commit."""
-        pending = self.async_save(
-            step,
-            model,
-            optimizer,
-            stateful=stateful,
-            extra=extra,
-            tag=tag,
-            moves_latest=moves_latest,
-        )
-        return pending.wait()
+    save = _and_wait(async_save)
 
     def load(
         self,
@@ -265,7 +251,7 @@ class Checkpointer:
         live = live_state(model, optimizer)
         reader = ExcpReader(self.folder / self._choose(step, tag))
         try:
-            self._control.everywhere(lambda: reader.chain, keep_own_error=True)
+            self._control.everywhere(lambda: reader.chain)
             keeps_references = self.config.base_every > 1
             wanted = Wanted(live, stateful or {}, strict, mapping, keeps_references)
             extra, loaded, self.last_load = restore(reader, wanted, self._control)
@@ -278,8 +264,7 @@ class Checkpointer:
 
     def newest(self) -> int | None:
         """Step of the newest committed checkpoint as rank 0 sees it, or None. One small gather."""
-        steps = committed_steps(self.folder) if self._control.rank == 0 else []
-        return self._control.broadcast_object(steps[-1] if steps else None)
+        return self._control.from_first(lambda: max(committed_steps(self.folder), default=None))
 
     def wait(self) -> None:
         """Wait for a save in flight; raises what made it fail."""
@@ -339,25 +324,20 @@ class Checkpointer:
         policy "wait"."""
         if self.config.policy != "skip" or self._pending is None:
             return False
-        busy = self._control.all_gather_object(not self._pending.done())
-        return any(busy)
+        return any(self._control.all_gather_object(not self._pending.done()))
 
     def _settle_pending(self) -> None:
-        """Wait for the save in flight; one that failed and that nobody waited for is logged
-        here."""
+        """Wait for the save in flight; one that failed and that nobody waited for is logged here."""
         if self._pending is None:
             return
-        pending = self._pending
-        was_reported = pending.reported
+        step, was_reported = self._pending.step, self._pending.reported
         try:
-            pending.wait()
+            self._pending.wait()
         except Exception:
             if not was_reported:
-                logger.exception(
-                    "the save of step %d failed; nothing was committed for it, training goes on",
-                    pending.step,
-                )
-        self._pending = None
+                told = "the save of step %d failed; nothing was committed for it, training goes on"
+                logger.exception(told, step)
+        self._pending = None  # after Ctrl-C it is still there, for close()
 
     def _choose(self, step: int | None, tag: str | None) -> str:
         """Name of the checkpoint's folder. Rank 0 looks, so that all ranks choose the same or raise
@@ -366,18 +346,52 @@ class Checkpointer:
             raise ConfigError(
                 f"{step=}, {tag=}: two names for one checkpoint; leave one of them out"
             )
-        found: str | None = None
-        problem = ""
-        if self._control.rank == 0:
-            try:
-                if tag is not None:
-                    found = folder_of_tag(self.folder, tag).name
-                else:
-                    newest = newest_step(self.folder)
-                    found = step_folder(self.folder, newest if step is None else step).name
-            except (CheckpointNotFoundError, CorruptCheckpointError) as error:
-                problem = str(error)
-        found, problem = self._control.broadcast_object((found, problem))
-        if found is None:
-            raise CheckpointNotFoundError(problem)
-        return found
+
+        def look() -> str:
+            if tag is not None:
+                return folder_of_tag(self.folder, tag).name
+            newest = newest_step(self.folder)
+            return step_folder(self.folder, newest if step is None else step).name
+
+        return self._control.from_first(look)
+
+
+MAX_OPEN = 2
+"""A run's checkpoints and its best ones, say. Each holds a copy of the state, references and a thread."""
+
+
+class CheckpointersByFolder:
+    """One Checkpointer for each of the folders used last, with the same settings.
+
+    Where every save has a folder of its own, memory stays what two of them take: the others are closed,
+    their saves finished first, and would begin with a base if they came back.
+    """
+
+    def __init__(self, config: ExcpConfig | None, step_prefix: StepPrefix = "step-") -> None:
+        self._config = config
+        self._step_prefix: StepPrefix = step_prefix
+        self._made: OrderedDict[str, Checkpointer] = OrderedDict()
+
+    def __getitem__(self, folder: str | os.PathLike[str]) -> Checkpointer:
+        """That of a folder; made on first use, which is collective."""
+        key = folder_key(folder)
+        if key not in self._made:
+            self._make_room()
+            self._made[key] = Checkpointer(key, self._config, step_prefix=self._step_prefix)
+        self._made.move_to_end(key)
+        return self._made[key]
+
+    def get(self, folder: str | os.PathLike[str]) -> Checkpointer | None:
+        """That of a folder, if there is one. No communication is performed."""
+        return self._made.get(folder_key(folder))
+
+    def close(self) -> None:
+        """Finish the saves in flight. Raises what made one fail; the others may be closed then."""
+        while self._made:
+            self._made.popitem()[1].close()
+
+    def _make_room(self) -> None:
+        while len(self._made) >= MAX_OPEN:
+            _, oldest = self._made.popitem(last=False)
+            settle(oldest)  # a failure is logged: whoever saves elsewhere now must not get it
+            oldest.close()

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from effx_dist import __version__
 from effx_dist.cli.compress import compress
 from effx_dist.cli.convert import convert
 from effx_dist.cli.diff import diff
@@ -22,6 +21,7 @@ from effx_dist.cli.places import GOOD, EffxGroup
 from effx_dist.cli.runs import doctor, report
 from effx_dist.cli.verify import verify
 from effx_dist.launchers import MPI_RANK, MPI_SIZE
+from effx_dist.version import __version__
 
 app = typer.Typer(
     name="effx",

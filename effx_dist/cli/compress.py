@@ -114,8 +114,10 @@ def compress(
                 encoder_threads=threads or ((os.cpu_count() or 1) if ranks.size == 1 else 1),
             )
 
-        config = ranks.everywhere(config_of)
-        names = ranks.everywhere(lambda: None if param_names is None else _read_names(param_names))
+        config = ranks.everywhere(config_of, keep_own_error=False)
+        names = ranks.everywhere(
+            lambda: None if param_names is None else _read_names(param_names), keep_own_error=False
+        )
         options = ReadOptions(weights_only=weights_only, param_names=names, trust=trust)
         is_first = ranks.rank == 0
         with progress("compressing") if is_first else nullcontext() as on_progress:

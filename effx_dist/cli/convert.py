@@ -74,8 +74,10 @@ def convert(
     with tool_ranks(mpi, torchrun) as ranks:
         from effx_dist.checkpoint.tools.convert import ConvertOptions, convert_checkpoint
 
-        place, step = ranks.everywhere(lambda: folder_and_step(folder, step))
-        given = ranks.everywhere(lambda: None if config is None else _read_config(config))
+        place, step = ranks.everywhere(lambda: folder_and_step(folder, step), keep_own_error=False)
+        given = ranks.everywhere(
+            lambda: None if config is None else _read_config(config), keep_own_error=False
+        )
         options = ConvertOptions(
             weights_only=weights_only, max_shard_size=max_shard_size, config=given
         )

@@ -44,7 +44,7 @@ def verify(
     with tool_ranks(mpi, torchrun) as ranks:
         from effx_dist.checkpoint import verify_folder
 
-        place, step = ranks.everywhere(lambda: folder_and_step(folder, step))
+        place, step = ranks.everywhere(lambda: folder_and_step(folder, step), keep_own_error=False)
         is_first = ranks.rank == 0
         jobs = jobs or (min(MAX_JOBS, os.cpu_count() or 1) if ranks.size == 1 else 1)
         with progress("verifying") if is_first else nullcontext() as on_progress:

@@ -16,7 +16,7 @@ import torch
 
 from effx_dist.core.infobatch import DROPPED, PAD, stretch_of_slots, weight_table
 from effx_dist.core.permutation import permute
-from effx_dist.data.layout import Batches, Owners, Ranks, Span
+from effx_dist.data.slots import Batches, Owners, Ranks, Span
 from effx_dist.shard import Group
 
 _ROLE_BITS = 2

@@ -8,10 +8,10 @@ import numpy.typing as npt
 from effx_dist.config import InfoBatchConfig
 from effx_dist.core.counter_random import stream_key
 from effx_dist.core.infobatch import PLAIN, is_full_epoch, roles
-from effx_dist.data.layout import Ranks, Span
 from effx_dist.data.messages import Messages
 from effx_dist.data.plan import EpochPlan, exchange, exclusive_scan
 from effx_dist.data.scores import ScoreBook
+from effx_dist.data.slots import Ranks, Span
 from effx_dist.errors import LayoutMismatchError
 
 _KEEP, _ORDER = 1, 2  # purposes of random numbers, so that they are not those of one another

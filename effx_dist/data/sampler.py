@@ -14,13 +14,13 @@ from torch.utils.data import Sampler
 from effx_dist.config import InfoBatchConfig
 from effx_dist.core.infobatch import STALENESS_BOUND
 from effx_dist.data.detached import detached
-from effx_dist.data.layout import Ranks, whole_number
 from effx_dist.data.messages import Messages
 from effx_dist.data.peers import Peers
 from effx_dist.data.plan import EpochPlan
 from effx_dist.data.planner import Planner
 from effx_dist.data.recorder import LossRecorder, as_ids
 from effx_dist.data.scores import Flushed, ScoreBook, tell_all
+from effx_dist.data.slots import Ranks, whole_number
 from effx_dist.data.state import Counters, SamplerState
 from effx_dist.errors import ConfigError, EffxError
 from effx_dist.shard import Group, as_group
@@ -236,7 +236,7 @@ class InfoBatchSampler(Sampler[int]):
         if self._plan is not None:
             flushed = self._flush()
             self._counters.finished_epochs += flushed.min_consumed >= len(self._plan.local_ids)
-            stale = self._book.settle(
+            stale = self._book.take_scores(
                 self._plan.owned_stretches,
                 self.num_samples,
                 self.config.score == "relative",
@@ -372,7 +372,7 @@ class InfoBatchSampler(Sampler[int]):
             loaded = SamplerState.from_dicts(states, self._planner.ranks, settings)
         except EffxError as caught:
             error = caught
-        self.group.raise_if_any_failed(self.peers.agree(error), keep_own_error=True)
+        self.group.tell_all(self.peers.agree(error), None)
         self._book, self._counters = loaded.book, loaded.counters
         self._plan = self._recorder = None
         self._num_consumed, self._was_epoch_set = 0, False

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 
 from effx_dist.core import fixed_point, infobatch
-from effx_dist.data.layout import Ranks
-from effx_dist.errors import RankFailedError
+from effx_dist.data.slots import Ranks
 from effx_dist.shard import Group
 
 _Array = TypeVar("_Array", npt.NDArray[np.float64], npt.NDArray[np.int64])
@@ -58,7 +57,7 @@ class ScoreBook:
         for some_ids, some_losses in zip(got_ids, got_losses, strict=True):
             self.fresh[some_ids.numpy() - ranks.owned_start] = some_losses.numpy()
 
-    def settle(
+    def take_scores(
         self,
         owned_stretches: npt.NDArray[np.int8],
         num_samples: int,
@@ -98,14 +97,8 @@ def tell_all(
     Raises:
         RankFailedError: Another rank has an ``error``; a rank that has one itself raises that.
     """
-    told = None if error is None else f"{type(error).__name__}: {error}"
-    news = group.all_gather_object((told, consumed, int(np.isinf(losses).sum())))
-    if error is not None:
-        raise error
-    failures = {rank: text for rank, (text, _, _) in enumerate(news) if text is not None}
-    if failures:
-        raise RankFailedError(failures)
-    return Flushed(min(n for _, n, _ in news), sum(n for _, _, n in news))
+    news = group.tell_all(error, (consumed, int(np.isinf(losses).sum())))
+    return Flushed(min(n for n, _ in news), sum(n for _, n in news))
 
 
 def _stretch_means(

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effx_dist.data.layout import Ranks, Span
 from effx_dist.data.scores import ScoreBook
+from effx_dist.data.slots import Ranks, Span
 from effx_dist.errors import ConfigError, LayoutMismatchError
 from effx_dist.shard import LocalRows
 

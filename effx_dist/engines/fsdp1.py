@@ -19,16 +19,13 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard import (
     Group,
-    Piece,
+    Held,
     ShardMap,
     TorchGroup,
     WholeTensor,
     pieces_of_flat_range,
     pieces_of_tensor,
 )
-
-_Held = list[tuple[WholeTensor, tuple[Piece, ...]]]
-"""The whole parameters behind one local tensor, each with this rank's pieces of it."""
 
 
 def shard_map(model: nn.Module) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
@@ -68,7 +65,7 @@ def shard_map(model: nn.Module) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
     return draw
 
 
-def _flattened(model: nn.Module) -> Iterator[tuple[torch.Tensor, _Held]]:
+def _flattened(model: nn.Module) -> Iterator[tuple[torch.Tensor, list[Held]]]:
     """What each parameter that a unit of ``model`` gives to optimisers holds."""
     for prefix, module in model.named_modules():
         handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
@@ -86,7 +83,7 @@ def _flattened(model: nn.Module) -> Iterator[tuple[torch.Tensor, _Held]]:
             yield param, [one]
 
 
-def _held(prefix: str, handle: FlatParamHandle) -> Iterator[tuple[WholeTensor, tuple[Piece, ...]]]:
+def _held(prefix: str, handle: FlatParamHandle) -> Iterator[Held]:
     """Each original parameter of a unit: where in its local tensor it lies, if anywhere."""
     flat_param = handle.flat_param
     is_flat = handle.uses_sharded_strategy or flat_param._params is None
@@ -118,7 +115,7 @@ def _held(prefix: str, handle: FlatParamHandle) -> Iterator[tuple[WholeTensor, t
         yield whole, pieces_of_flat_range(whole, start, stop, local_start)
 
 
-def _check_is_sharded(held: _Held, numel: int, sharded_numel: int) -> None:
+def _check_is_sharded(held: list[Held], numel: int, sharded_numel: int) -> None:
     if numel != sharded_numel:
         raise LayoutMismatchError(
             f"{', '.join(whole.name for whole, _ in held)}: FullyShardedDataParallel has {numel} "
@@ -127,7 +124,7 @@ def _check_is_sharded(held: _Held, numel: int, sharded_numel: int) -> None:
         )
 
 
-def _outside(name: str, param: torch.Tensor) -> _Held:
+def _outside(name: str, param: torch.Tensor) -> list[Held]:
     if hasattr(param, "_fsdp_flattened"):
         flattens = ", ".join(getattr(param, "_fqns", ())) or "part of a parameter"
         raise LayoutMismatchError(

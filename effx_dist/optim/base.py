@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
 from effx_dist.core import cautious
 from effx_dist.core.update_rules import UpdateRule
 from effx_dist.errors import ConfigError
 from effx_dist.optim.clip import check_max_norm, clipping_factor, total_norm
+from effx_dist.optim.drawn_layouts import DrawnLayouts
 from effx_dist.optim.kernels import IMPLEMENTATIONS, Implementation
-from effx_dist.optim.layout import Layout, ShardMapSource
-from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
-from effx_dist.optim.plan import StepPlan, members_by_group, plan_step
-from effx_dist.optim.state import settle_state
-
-
-def untraced(step: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's hook around ``step``, which torch.compile leaves as it is: the step is kernels already, and
-    a graph of it would break at every one."""
-    hooked: Callable[..., Any] = torch.compiler.disable(Optimizer.profile_hook_step(step))
-    return hooked
+from effx_dist.optim.masked import MaskedOptimizer
+from effx_dist.optim.param_layout import ParamLayout, ShardMapSource, check_dtypes
+from effx_dist.optim.state import mend_loaded_state
+from effx_dist.optim.step_plan import StepPlan, params_by_group, plan_step
+from effx_dist.optim.whole_counts import count_wholes
 
 
 def refuse_options(**options: Any) -> None:
@@ -55,7 +50,7 @@ NEEDED_OPTIONS = {
 """Options of torch's optimisers of the same names, and the one value of each that is done here."""
 
 
-class CautiousOptimizer(Optimizer):
+class CautiousOptimizer(MaskedOptimizer):
     """Base of the cautious optimisers: a subclass gives the update rule, this class the step.
 
     ``step()`` walks twice over the parameters: it counts the elements that agree in sign, sums the
@@ -84,7 +79,7 @@ class CautiousOptimizer(Optimizer):
                 f"{implementation=}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}"
             )
         self.implementation: Implementation = implementation
-        self._layouts = Layouts(shard_map)
+        self._layouts = DrawnLayouts(shard_map)
         self._clipping: tuple[torch.Tensor, float] | None = None
         super().__init__(params, defaults)
 
@@ -92,41 +87,10 @@ class CautiousOptimizer(Optimizer):
     def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
         """The update rule of a parameter group."""
 
-    @property
-    def shard_map(self) -> ShardMapSource | None:
-        """Where this rank's pieces lie; None if drawn from the parameters themselves.
-
-        Set it where an engine replaces the parameters by flat local tensors: to a map with one
-        entry per parameter, or to a function that draws one from the list of parameters, called
-        each time that the list changes.
-        """
-        return self._layouts.source
-
-    @shard_map.setter
-    def shard_map(self, source: ShardMapSource | None) -> None:
-        self._layouts.source = source
-
-    @property
-    def alignment(self) -> dict[str | int, float]:
-        """Mean of the mask at the last step by whole parameter: the fraction that agreed in sign.
-
-        The key is the parameter's name where the optimiser knows it and its index otherwise.
-        Parameters that have not been stepped are left out, but read 0 on a rank whose flat tensors hold
-        nothing of them, which cannot tell. Reading it copies the counts, which the step has left where
-        they were, to the host; no communication is performed.
-        """
-        return self._layouts.alignment()
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, and checks settings and dtypes. No communication is performed."""
         super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except ConfigError:
-            self.param_groups.pop()
-            raise
-        self._layouts.forget()
-        self._layouts.note_given(self.param_groups[-1]["params"])
+        self._admit_last_group()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; a clipping that no step has used goes with the gradients it was for."""
@@ -153,35 +117,11 @@ class CautiousOptimizer(Optimizer):
         """
         check_max_norm(max_norm)
         layout = self._layouts.current(self.param_groups)
-        norm = total_norm(layout, members_by_group(layout, self.param_groups)[0])
+        norm = total_norm(layout, params_by_group(layout, self.param_groups)[0])
         self._clipping = (norm, max_norm)
         return norm
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step. Every rank calls it. Returns the closure's loss, if there is a closure.
-
-        A parameter without a gradient on this rank stays as it is here. Engines give a gradient on
-        all ranks that share a parameter or on none (FSDP2 and DDP do).
-
-        Raises:
-            ConfigError: ``implementation`` is not for the device of a parameter.
-            LayoutMismatchError: a gradient is sparse, complex or laid out unlike its parameter, or
-                how a parameter is cut cannot be told, as where an engine has put flat partitions in the
-                place of those given here; on all ranks, where a DTensor has a gradient on some of its
-                ranks only. On this rank nothing was changed then (on an accelerator, where a step does
-                not wait for the counts, the last is found out two steps later).
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _masked_step(self) -> None:
         layout = self._layouts.current(self.param_groups)
         factor = self._take_grad_factor()
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
@@ -195,16 +135,15 @@ class CautiousOptimizer(Optimizer):
             may_skip=found_inf is not None,
         )
         counts, skip = _count(layout, plan, found_inf)
-        if any(plan.walks):
+        if any(plan.kernels):
             scales = cautious.scale_from_count(counts, layout.numels(counts.device))
-            for device, walks in chain.from_iterable(plan.walks):
-                walks.update(scales.to(device), skip)
-        for device, walks in plan.whole_walks:
+            for device, kernels in chain.from_iterable(plan.kernels):
+                kernels.update(scales.to(device), skip)
+        for device, kernels in plan.whole_kernels:
             with _slots_on(device, counts) as here:
-                walks.step_wholes(here, layout.numels(device))
+                kernels.step_wholes(here, layout.numels(device))
         plan.advance_steps(skip)
         layout.last_counts, layout.idle = counts, plan.idle
-        return loss
 
     def _take_grad_factor(self) -> torch.Tensor | None:
         """What a scaler and the clipping want gradients multiplied by, once; None for 1."""
@@ -249,7 +188,7 @@ class CautiousOptimizer(Optimizer):
             if param in self.state:
                 saved = state_dict["state"][saved_id]
                 rule = self._rule(group)
-                settle_state(self.state[param], saved, rule, param, group["capturable"])
+                mend_loaded_state(self.state[param], saved, rule, param, group["capturable"])
 
     def _check_loaded_group(self, group: Mapping[str, Any]) -> None:
         for name in ("amsgrad", "dampening"):
@@ -258,8 +197,6 @@ class CautiousOptimizer(Optimizer):
                     f"{name}={group[name]} in the state to load: {type(self).__name__} has no {name}; "
                     "going on without it would be another optimiser"
                 )
-
-    profile_hook_step = staticmethod(untraced)  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"implementation": self.implementation, "_layouts": self._layouts}
@@ -276,16 +213,16 @@ class CautiousOptimizer(Optimizer):
 
 
 def _count(
-    layout: Layout, plan: StepPlan, found_inf: torch.Tensor | None
+    layout: ParamLayout, plan: StepPlan, found_inf: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """First walks and their all-reduces: the whole counts by slot, and whether to skip."""
+    """The first walks and their all-reduces: the whole counts by slot, and whether to skip."""
 
     def count_into(index: int, counts: torch.Tensor) -> None:
         bucket = layout.buckets[index]
-        for device, walks in plan.walks[index]:
+        for device, kernels in plan.kernels[index]:
             # slots of other buckets may be under way to other ranks
             with _slots_on(device, counts, slice(bucket.start, bucket.stop)) as here:
-                walks.count_into(here)
+                kernels.count_into(here)
         if found_inf is not None:
             counts[layout.buckets[index].stop] = found_inf != 0
 

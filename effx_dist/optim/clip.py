@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from effx_dist.errors import ConfigError
-from effx_dist.optim.layout import Layout
-from effx_dist.optim.plan import Member
+from effx_dist.optim.param_layout import ParamLayout
 from effx_dist.optim.state import HALF_DTYPES
+from effx_dist.optim.step_plan import GradParam
 from effx_dist.shard import start_sum
 
 _CACHED_ELEMENTS = 1 << 16
@@ -18,7 +18,7 @@ _CACHED_ELEMENTS = 1 << 16
 
 
 def total_norm(
-    layout: Layout, by_group: Sequence[tuple[dict[str, Any], list[Member]]]
+    layout: ParamLayout, by_group: Sequence[tuple[dict[str, Any], list[GradParam]]]
 ) -> torch.Tensor:
     """2-norm of the whole gradients of all parameters: float64, 0-d, on the layout's device.
 
@@ -61,15 +61,15 @@ def _norms(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def _parts_by_kind(
-    layout: Layout, by_group: Sequence[tuple[dict[str, Any], list[Member]]]
+    layout: ParamLayout, by_group: Sequence[tuple[dict[str, Any], list[GradParam]]]
 ) -> dict[int, dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]]:
-    """Gradients by bucket, device and dtype, cut to segments: padding is not part of a norm."""
+    """Gradients by bucket, device and dtype, cut to pieces: padding is not part of a norm."""
     found: dict[int, dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]] = {}
-    for _, members in by_group:
-        for member in members:
-            for segment in layout.segments[member.place]:
-                bucket = found.setdefault(layout.bucket_of[segment.whole_index], {})
-                part = segment.of(member.grad)
+    for _, params in by_group:
+        for param in params:
+            for piece in layout.flat_pieces[param.place]:
+                bucket = found.setdefault(layout.bucket_of[piece.whole_index], {})
+                part = piece.of(param.grad)
                 if part.numel():
                     bucket.setdefault((part.device, part.dtype), []).append(part)
     return found

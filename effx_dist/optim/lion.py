@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from effx_dist.core.update_rules import Lion, UpdateRule
 from effx_dist.optim.base import CautiousOptimizer, refuse_options
 from effx_dist.optim.kernels import Implementation
-from effx_dist.optim.layout import ShardMapSource
+from effx_dist.optim.param_layout import ShardMapSource
 
 _RULE = Lion()
 

@@ -12,7 +12,7 @@ from effx_dist.core.update_rules import SGD, NesterovSGD, UpdateRule
 from effx_dist.errors import ConfigError
 from effx_dist.optim.base import CautiousOptimizer, refuse_options
 from effx_dist.optim.kernels import Implementation
-from effx_dist.optim.layout import ShardMapSource
+from effx_dist.optim.param_layout import ShardMapSource
 
 _PLAIN, _NESTEROV = SGD(), NesterovSGD()
 

@@ -25,7 +25,7 @@ def start_state(
             state[name] = torch.zeros_like(param, dtype=working_dtype(param))
 
 
-def settle_state(
+def mend_loaded_state(
     state: dict[str, Any],
     saved: dict[str, Any],
     rule: UpdateRule,

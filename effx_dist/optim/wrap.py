@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
@@ -15,12 +15,14 @@ from effx_dist.core.cautious import (
 )
 from effx_dist.core.update_rules import Scalar
 from effx_dist.errors import ConfigError
-from effx_dist.optim.base import CautiousOptimizer, untraced
-from effx_dist.optim.inner import InnerStep, Moved
-from effx_dist.optim.layout import ShardMapSource
-from effx_dist.optim.layouts import Layouts, check_dtypes, count_wholes
+from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.drawn_layouts import DrawnLayouts
+from effx_dist.optim.inner_step import InnerStep, Moved
+from effx_dist.optim.masked import MaskedOptimizer
 from effx_dist.optim.moves import Move, by_bucket, count, mask
-from effx_dist.optim.plan import Group, Member, members_by_group
+from effx_dist.optim.param_layout import ShardMapSource, check_dtypes
+from effx_dist.optim.step_plan import GradParam, ParamGroup, params_by_group
+from effx_dist.optim.whole_counts import count_wholes
 from effx_dist.shard import local_of
 
 _ALWAYS_DECOUPLED = tuple(
@@ -81,7 +83,7 @@ def cautious(
     return CautiousWrapper(optimizer, decoupled_weight_decay, shard_map, cautious_weight_decay)
 
 
-class CautiousWrapper(Optimizer):
+class CautiousWrapper(MaskedOptimizer):
     """An optimiser whose steps are masked from outside; made by :func:`cautious`.
 
     ``step()`` lets the inner optimiser step, takes the difference as its update u (learning rate
@@ -137,7 +139,7 @@ class CautiousWrapper(Optimizer):
                 "optimizer": optimizer,
                 "decoupled_weight_decay": decoupled_weight_decay,
                 "cautious_weight_decay": cautious_weight_decay,
-                "_layouts": Layouts(shard_map),
+                "_layouts": DrawnLayouts(shard_map),
             }
         )
         for group in optimizer.param_groups:
@@ -147,7 +149,6 @@ class CautiousWrapper(Optimizer):
     decoupled_weight_decay: bool | None
     cautious_weight_decay: bool
     _inner: InnerStep
-    _layouts: Layouts
 
     # Looked up at each use, since load_state_dict replaces them.
     @property
@@ -177,51 +178,20 @@ class CautiousWrapper(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.optimizer.defaults = defaults
 
-    @property
-    def shard_map(self) -> ShardMapSource | None:
-        """As in CautiousOptimizer."""
-        return self._layouts.source
-
-    @shard_map.setter
-    def shard_map(self, source: ShardMapSource | None) -> None:
-        self._layouts.source = source
-
-    @property
-    def alignment(self) -> dict[str | int, float]:
-        """As in CautiousOptimizer: the fraction that agreed in sign at the last step, by parameter."""
-        return self._layouts.alignment()
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step. Every rank calls it. Returns the closure's loss, if there is a closure.
-
-        The closure runs once, before the inner step, which is not given it. A parameter without a
-        gradient on this rank is left to the inner optimiser. Padding of a shard map stays as the
-        inner optimiser leaves it.
+    def _masked_step(self) -> None:
+        """Padding of a shard map stays as the inner optimizer leaves it.
 
         If the inner step or a collective fails, the parameters are put back to what they were; the
-        inner optimiser's state may have advanced.
+        inner optimizer's state may have advanced.
 
-        Raises:
-            ConfigError: the inner optimiser changes the gradients, which are read after its step; steps
-                from weights of its own, which do not know of the mask; or fails on DTensors.
-            LayoutMismatchError: as in CautiousOptimizer. On this rank nothing was changed then.
+        Raises ConfigError where the inner optimizer changes the gradients, which are read after its
+        step; steps from weights of its own, which do not know of the mask; or fails on DTensors.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             self._check_decay(group)
         layout = self._layouts.current(self.param_groups)
-        by_group, idle = members_by_group(layout, self.param_groups)
-        moves = [move for group, members in by_group for move in self._moves(group, members)]
+        by_group, idle = params_by_group(layout, self.param_groups)
+        moves = [move for group, params in by_group for move in self._moves(group, params)]
         try:
             self._inner_step(moves)
             items = by_bucket(layout, moves)
@@ -233,18 +203,17 @@ class CautiousWrapper(Optimizer):
                 move.local.copy_(move.before)
             raise
         scales = scale_from_count(counts, layout.numels(counts.device))
-        for move, segment in (item for bucket in items for item in bucket):
-            mask(move, segment, scales[layout.slots[segment.whole_index]])
+        for move, piece in (item for bucket in items for item in bucket):
+            mask(move, piece, scales[layout.slots[piece.whole_index]])
         layout.last_counts, layout.idle = counts, idle
-        return loss
 
-    def _moves(self, group: Group, members: Sequence[Member]) -> list[Move]:
+    def _moves(self, group: ParamGroup, params: Sequence[GradParam]) -> list[Move]:
         decay, ascends = self._decay_factor(group), bool(group.get("maximize", False))
-        locals_ = [local_of(member.param) for member in members]
+        locals_ = [local_of(param.param) for param in params]
         cautiously = self.cautious_weight_decay and decay is not None
         return [
-            Move(member, local, local.clone(), decay, ascends, cautiously)
-            for member, local in zip(members, locals_, strict=True)
+            Move(param, local, local.clone(), decay, ascends, cautiously)
+            for param, local in zip(params, locals_, strict=True)
         ]
 
     def _inner_step(self, moves: Sequence[Move]) -> None:
@@ -253,7 +222,7 @@ class CautiousWrapper(Optimizer):
             if move.decay is not None and not move.decays_cautiously:
                 decay_(move.local, move.decay)
         with _without_decay([g for g in self.param_groups if self._is_decoupled(g)]):
-            self._inner.take([Moved(m.member.param, m.local, m.before) for m in moves])
+            self._inner.take([Moved(m.param.param, m.local, m.before) for m in moves])
 
     def _is_decoupled(self, group: Mapping[str, Any]) -> bool:
         if not group.get("weight_decay"):
@@ -264,7 +233,7 @@ class CautiousWrapper(Optimizer):
             return True
         return bool(group.get("decoupled_weight_decay", False))
 
-    def _decay_factor(self, group: Group) -> Scalar | None:
+    def _decay_factor(self, group: ParamGroup) -> Scalar | None:
         if not self._is_decoupled(group):
             return None
         lr = group["lr"]
@@ -273,11 +242,11 @@ class CautiousWrapper(Optimizer):
         factor: Scalar = 1 - lr * group["weight_decay"]
         return factor
 
-    def _check_group(self, group: Group) -> None:
+    def _check_group(self, group: ParamGroup) -> None:
         check_dtypes(group)
         self._check_decay(group)
 
-    def _check_decay(self, group: Group) -> None:
+    def _check_decay(self, group: ParamGroup) -> None:
         if (
             self.cautious_weight_decay
             and group.get("weight_decay")
@@ -296,13 +265,7 @@ class CautiousWrapper(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, and checks dtypes. No communication is performed."""
         self.optimizer.add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except ConfigError:
-            self.param_groups.pop()
-            raise
-        self._layouts.forget()
-        self._layouts.note_given(self.param_groups[-1]["params"])
+        self._admit_last_group()
 
     def state_dict(self) -> StateDict:
         """The inner optimiser's, hooks of both called. No communication is performed."""
@@ -337,14 +300,12 @@ class CautiousWrapper(Optimizer):
         for group in self.param_groups:
             self._layouts.note_given(group["params"])
 
-    profile_hook_step = staticmethod(untraced)  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"cautious({self.optimizer!r})"
 
 
 @contextmanager
-def _without_decay(groups: Sequence[Group]) -> Iterator[None]:
+def _without_decay(groups: Sequence[ParamGroup]) -> Iterator[None]:
     """``weight_decay`` is 0 in ``groups``, and as before afterwards."""
     decays = [group["weight_decay"] for group in groups]
     try:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from effx_dist import __version__
 from effx_dist.report.text import bytes_text, plural
+from effx_dist.version import __version__
 
 REQUIRED = (
     "torch",
     "numpy",
     "numcodecs",
-    "pcodec",
     "zstandard",
     "xxhash",
     "pydantic",
@@ -142,7 +141,7 @@ def _backends(torch: Any) -> str:
 def _features(versions: dict[str, str | None], torch: Any) -> list[Part]:
     backends = _backends(torch)
     no_torch = "" if torch is not None else "torch does not import"
-    codecs = [name for name in ("numcodecs", "pcodec", "zstandard", "xxhash") if not versions[name]]
+    codecs = [name for name in ("numcodecs", "zstandard", "xxhash") if not versions[name]]
     no_codecs = f"pip install {' '.join(codecs)}" if codecs else ""
     no_ranks = "" if backends else "torch.distributed has no backend"
     return [

@@ -16,29 +16,31 @@ from effx_dist.shard.group import (
     run_ranks,
     separate_group,
 )
+from effx_dist.shard.local_rows import LocalRows
 from effx_dist.shard.mpi_group import MpiGroup
 from effx_dist.shard.piece import (
-    Part,
+    Held,
     Piece,
+    PlacedBox,
     ShardMap,
     WholeTensor,
     local_of,
+    pieces_of_boxes,
     pieces_of_flat_range,
-    pieces_of_parts,
     pieces_of_tensor,
     start_sum,
 )
-from effx_dist.shard.rows import LocalRows
 from effx_dist.shard.store_group import Rendezvous, StoreGroup, meet
 from effx_dist.shard.worker import Worker
 
 __all__ = [
     "Box",
     "Group",
+    "Held",
     "LocalRows",
     "MpiGroup",
-    "Part",
     "Piece",
+    "PlacedBox",
     "Rendezvous",
     "ShardMap",
     "SoloGroup",
@@ -53,8 +55,8 @@ __all__ = [
     "flat_start",
     "local_of",
     "meet",
+    "pieces_of_boxes",
     "pieces_of_flat_range",
-    "pieces_of_parts",
     "pieces_of_tensor",
     "run_ranks",
     "separate_group",

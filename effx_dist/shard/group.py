@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from effx_dist.errors import RankFailedError
+from effx_dist.errors import EffxError, RankFailedError
 
 ReduceOp = Literal["sum", "max", "min"]
 T = TypeVar("T")
@@ -84,35 +84,64 @@ class Group(ABC):
         """Let go of what the group holds beside torch.distributed. No communication is performed
         by this default."""
 
-    def everywhere(self, body: Callable[[], T], keep_own_error: bool = False) -> T:
+    def everywhere(self, body: Callable[[], T], keep_own_error: bool = True) -> T:
         """Run ``body`` on every rank; this rank's result, or an error on all ranks if one of them
-        failed, as :meth:`raise_if_any_failed` raises it. One small gather."""
-        error: Exception | None = None
-        value: T | None = None
-        try:
-            value = body()
-        except Exception as caught:  # told to all ranks and raised there
-            error = caught
-        self.raise_if_any_failed(error, keep_own_error)
+        failed, as :meth:`tell_all` raises it. One small gather."""
+        error, value = _outcome(body)
+        self.tell_all(error, None, keep_own_error)
         return cast(T, value)
 
-    def raise_if_any_failed(self, error: Exception | None, keep_own_error: bool = False) -> None:
-        """Tell all ranks of one rank's ``error``; raise RankFailedError on all if there is one.
+    def gather_to_first(self, body: Callable[[], T], keep_own_error: bool = True) -> list[T] | None:
+        """Run ``body`` on every rank; all results by rank on rank 0 and None elsewhere, or an error
+        on all ranks if one of them failed, as :meth:`tell_all` raises it. One gather."""
+        error, value = _outcome(body)
+        values = self.tell_all(error, cast(T, value), keep_own_error)
+        return values if self.rank == 0 else None
 
-        One small gather. Called between the stages of what all ranks do together, so that no rank
-        waits for one that gave up. Where ``keep_own_error``, a rank that failed itself raises its
-        own error.
+    def from_first(self, body: Callable[[], T], keep_own_error: bool = True) -> T:
+        """Run ``body`` on rank 0 alone; its result on every rank. One broadcast.
+
+        Where it fails, every rank raises: with ``keep_own_error`` rank 0 its own error, and so do
+        the others if it is one of this package, since they would have found the same; else all of
+        them RankFailedError.
         """
-        told: dict[int, str] = {}
-        if isinstance(error, RankFailedError):  # who failed is who it names, not who passes it on
-            told = error.failures
-        elif error is not None:
-            told = {self.rank: f"{type(error).__name__}: {error}"}
-        failures = {r: why for named in self.all_gather_object(told) for r, why in named.items()}
+        error, value = _outcome(body) if self.rank == 0 else (None, None)
+        shared = error if isinstance(error, EffxError) and keep_own_error else None
+        told, shared, value = self.broadcast_object((_told(self.rank, error), shared, value))
+        if told and keep_own_error and (own := error or shared) is not None:
+            raise own
+        if told:
+            raise RankFailedError(told) from error
+        return cast(T, value)
+
+    def tell_all(self, error: Exception | None, value: T, keep_own_error: bool = True) -> list[T]:
+        """Tell all ranks of one rank's ``error``, or else its ``value``; every rank's value by rank.
+
+        One gather. Called between the stages of what all ranks do together, so that no rank waits
+        for one that gave up: if there is an error, all ranks raise RankFailedError, but for a rank
+        that failed itself and is to ``keep_own_error``, which raises that.
+        """
+        heard = self.all_gather_object((_told(self.rank, error), value))
+        failures = {rank: why for told, _ in heard for rank, why in told.items()}
         if failures and error is not None and keep_own_error:
             raise error
         if failures:
             raise RankFailedError(failures) from error
+        return [value for _, value in heard]
+
+
+def _outcome(body: Callable[[], T]) -> tuple[Exception | None, T | None]:
+    try:
+        return None, body()
+    except Exception as error:  # told to all ranks and raised there
+        return error, None
+
+
+def _told(rank: int, error: Exception | None) -> dict[int, str]:
+    """What the others hear of an error, by the rank that it came from."""
+    if isinstance(error, RankFailedError):  # who failed is who it names, not who passes it on
+        return error.failures
+    return {} if error is None else {rank: f"{type(error).__name__}: {error}"}
 
 
 class SoloGroup(Group):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -59,6 +58,12 @@ class Piece:
         return self.flat_view(local).view(self.box.sizes)
 
 
+Held = tuple[WholeTensor, tuple[Piece, ...]]
+"""A whole tensor, and this rank's pieces of it in one local tensor."""
+PlacedBox = tuple[Box, int]
+"""A box of a whole tensor that a local one holds, contiguous, and the element of that where it begins."""
+
+
 def pieces_of_flat_range(
     whole: WholeTensor, start: int, stop: int, local_start: int = 0, within: Box | None = None
 ) -> tuple[Piece, ...]:
@@ -73,20 +78,14 @@ def pieces_of_flat_range(
     )
 
 
-class Part(NamedTuple):
-    """A box of a whole tensor that a local one holds, contiguous, from its element ``local_start`` on."""
-
-    box: Box
-    local_start: int
-
-
-def pieces_of_parts(
-    whole: WholeTensor, parts: Sequence[Part], start: int, stop: int
+def pieces_of_boxes(
+    whole: WholeTensor, boxes: Sequence[PlacedBox], start: int, stop: int
 ) -> tuple[Piece, ...]:
-    """The pieces of elements ``[start, stop)`` of a local tensor made up of ``parts``; these elements lie
-    in a tensor of their own. For parameters that are cut twice: into boxes, and then anywhere."""
+    """The pieces of elements ``[start, stop)`` of a local tensor made up of ``boxes``; these elements lie
+    in a tensor of their own. For parameters that are cut twice: into boxes, and then anywhere. No
+    communication is performed."""
     found: list[Piece] = []
-    for box, local_start in parts:
+    for box, local_start in boxes:
         first = max(start, local_start) - local_start
         last = min(stop, local_start + box.numel) - local_start
         if first < last:
@@ -101,7 +100,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def pieces_of_tensor(name: str, tensor: torch.Tensor) -> tuple[WholeTensor, tuple[Piece, ...]]:
+def pieces_of_tensor(name: str, tensor: torch.Tensor) -> Held:
     """Describe a plain tensor (whole on this rank) or a DTensor (FSDP2, tensor parallel).
 
     Returns the whole tensor and this rank's pieces of it: none where its shard is empty or it is

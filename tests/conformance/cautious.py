@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD
 from effx_dist.optim.base import CautiousOptimizer
-from effx_dist.optim.layout import ShardMapSource
+from effx_dist.optim.param_layout import ShardMapSource
 
 NamedParams = list[tuple[str, torch.Tensor]]
 

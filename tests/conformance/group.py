@@ -134,11 +134,11 @@ def check_objects(group: Group) -> None:
 
 
 def check_failures(group: Group) -> None:
-    group.raise_if_any_failed(None)
+    assert group.tell_all(None, group.rank) == list(range(group.size))
     failed = [r for r in range(group.size) if r % 2 == 0]
     own = ValueError(f"disk {group.rank} is full") if group.rank in failed else None
     with pytest.raises(RankFailedError) as caught:
-        group.raise_if_any_failed(own)
+        group.tell_all(own, None, keep_own_error=False)
     assert caught.value.failures == {r: f"ValueError: disk {r} is full" for r in failed}
     assert caught.value.__cause__ is own
     for rank in failed:
@@ -160,7 +160,7 @@ def check_sessions(group: Group) -> None:
         with group.session(number):
             assert group.all_gather_object(number) == [number] * group.size
     with pytest.raises(RankFailedError), group.session(3):
-        group.raise_if_any_failed(ValueError("on all ranks"))
+        group.tell_all(ValueError("on all ranks"), None, keep_own_error=False)
     with group.session(4):
         total = group.all_reduce(torch.tensor([group.rank]))
         assert total.item() == math.comb(group.size, 2)

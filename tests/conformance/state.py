@@ -52,7 +52,7 @@ def _check_tiled(leaves: Mapping[str, Fragment], group: Group) -> None:
     """What the ranks save makes up each whole tensor, every element once. Ranks may offer the same
     box, of which one is saved."""
     own: Boxes = {
-        name: (leaf.shape, {box for box, _ in leaf.own_parts}) for name, leaf in leaves.items()
+        name: (leaf.shape, {box for box, _ in leaf.own_pieces}) for name, leaf in leaves.items()
     }
     wholes: Boxes = {}
     for boxes_of_rank in group.all_gather_object(own):
@@ -82,7 +82,7 @@ def _check_groups(live: LiveState, model: Mapping[str, Fragment], group: Group) 
 
 def _check_parts(leaves: Mapping[str, Fragment]) -> None:
     for name, leaf in leaves.items():
-        for box, part in leaf.parts:
+        for box, part in leaf.pieces:
             assert tuple(part.shape) == box.sizes, f"{name}: a part of {part.shape} for {box}"
             assert part.dtype == leaf.dtype, f"{name}: a part in {part.dtype}"
             assert not part.requires_grad, f"{name}: a part that autograd follows"
@@ -106,7 +106,7 @@ def _check_comes_back(make: Callable[[], LiveState], group: Group) -> None:
     found |= {f"optimizer.{name}": leaf for name, leaf in kept.items()}
     for name, parts in written.items():
         for box, values in parts:
-            now = [part for other, part in found[name].parts if other == box]
+            now = [part for other, part in found[name].pieces if other == box]
             assert len(now) == 1, f"{name}: {box} is there {len(now)} times"
             assert torch.equal(now[0].cpu(), values), f"{name}: what was loaded into {box} is lost"
 
@@ -117,6 +117,6 @@ def _written(name: str, leaf: Fragment) -> list[tuple[Box, torch.Tensor]]:
     is_step = name.endswith(".step")
     whole = torch.full(leaf.shape, 7.0) if is_step else torch.rand(leaf.shape, generator=generator)
     whole = whole.to(leaf.dtype)
-    for box, part in leaf.parts:
+    for box, part in leaf.pieces:
         part.copy_(whole[box.slices])
-    return [(box, whole[box.slices]) for box, _ in leaf.parts]
+    return [(box, whole[box.slices]) for box, _ in leaf.pieces]

@@ -12,7 +12,7 @@ import xxhash
 
 from effx_dist.checkpoint.format.manifest import BlockRecord, FileRecord
 from effx_dist.checkpoint.storage.places import REMEDY, Location
-from effx_dist.checkpoint.storage.steps import (
+from effx_dist.checkpoint.storage.step_names import (
     MOMENTS_REMOVED,
     is_moments_file,
     moments_file_name,

@@ -26,7 +26,7 @@ from effx_dist.checkpoint.format.manifest import (
 )
 from effx_dist.core.excp import JointArrays, JointQuantiser
 from effx_dist.errors import CorruptCheckpointError
-from effx_dist.shard import Box
+from effx_dist.shard import Box, flat_range_to_boxes, flat_start
 
 T = TypeVar("T")
 Argument = TypeVar("Argument")
@@ -260,3 +260,67 @@ def _required(value: T | None, name: str) -> T:
     if value is None:
         raise ValueError(f"{name}: is stored as a part of something that is not there")
     return value
+
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Overlap:
+    """A box of a block that meets the wanted box: its flat range in the block, its sizes, and the
+    common elements inside it and inside the wanted box."""
+
+    flat: slice
+    sizes: tuple[int, ...]
+    inside: Slices
+    in_wanted: Slices
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInBox:
+    """Block ``index`` of a chunk, ``numel`` elements, of which some lie in a wanted box."""
+
+    index: int
+    numel: int
+    overlaps: tuple[_Overlap, ...]
+
+    def load(self, wanted: torch.Tensor) -> torch.Tensor:
+        """The block's values, flat, out of those of the wanted box; 0 where they lie outside it. Shares
+        their memory where the block is one contiguous stretch of it."""
+        if (shared := self._shared(wanted)) is not None:
+            return shared
+        flat = torch.zeros(self.numel, dtype=wanted.dtype)
+        for common in self.overlaps:
+            flat[common.flat].view(common.sizes)[common.inside] = wanted[common.in_wanted]
+        return flat
+
+    def store(self, flat: torch.Tensor, wanted: torch.Tensor) -> None:
+        """The way back."""
+        shared = self._shared(wanted)
+        if shared is not None and shared.data_ptr() == flat.data_ptr():
+            return
+        for common in self.overlaps:
+            wanted[common.in_wanted] = flat[common.flat].view(common.sizes)[common.inside]
+
+    def _shared(self, wanted: torch.Tensor) -> torch.Tensor | None:
+        if len(self.overlaps) > 1:
+            return None
+        found = wanted[self.overlaps[0].in_wanted]
+        is_stretch = found.numel() == self.numel and found.is_contiguous()
+        return found.view(-1) if is_stretch else None
+
+
+def blocks_in_box(chunk: Box, wanted: Box) -> Iterator[BlockInBox]:
+    """The blocks of a chunk that meet a wanted box, which lies inside the chunk."""
+    wanted = wanted.relative_to(chunk)
+    for index, cut in enumerate(block_ranges(chunk.numel)):
+        overlaps = []
+        for box in flat_range_to_boxes(chunk.sizes, cut.start, cut.stop):
+            common = box.intersect(wanted)
+            if common is not None:
+                start = flat_start(chunk.sizes, box) - cut.start
+                inside, in_wanted = common.relative_to(box), common.relative_to(wanted)
+                flat = slice(start, start + box.numel)
+                overlaps.append(_Overlap(flat, box.sizes, inside.slices, in_wanted.slices))
+        if overlaps:
+            yield BlockInBox(index, cut.stop - cut.start, tuple(overlaps))

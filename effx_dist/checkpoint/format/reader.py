@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 
 from effx_dist.checkpoint.format.block_files import BlockReader, OpenFiles
-from effx_dist.checkpoint.format.chunks import ChunkDecoder
+from effx_dist.checkpoint.format.chunks import ChunkDecoder, blocks_in_box
 from effx_dist.checkpoint.format.manifest import (
     MAX_MANIFEST_BYTES,
     Delta,
@@ -23,15 +23,9 @@ from effx_dist.checkpoint.format.manifest import (
     sha256_line,
 )
 from effx_dist.checkpoint.format.manifest_checks import check_manifest
-from effx_dist.checkpoint.format.regions import blocks_in_region
 from effx_dist.checkpoint.storage.places import REMEDY, Folder, Location, location
-from effx_dist.checkpoint.storage.steps import (
-    MANIFEST,
-    MANIFEST_SHA256,
-    MERGED,
-    newest_step,
-    step_folder,
-)
+from effx_dist.checkpoint.storage.step_names import MANIFEST, MANIFEST_SHA256, MERGED
+from effx_dist.checkpoint.storage.steps import newest_step, step_folder
 from effx_dist.core.excp import JointQuantiser
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 from effx_dist.shard import Box
@@ -178,12 +172,12 @@ class ChainReader:
                 common = box.intersect(chunk)
                 if common is None:
                     continue
-                region = values[common.relative_to(box).slices]
-                for block in blocks_in_region(chunk, common):
-                    flat = block.load(region)
+                inside = values[common.relative_to(box).slices]
+                for block in blocks_in_box(chunk, common):
+                    flat = block.load(inside)
                     for step in steps:
                         flat = step.block(name, index, block.index, flat)
-                    block.store(flat, region)
+                    block.store(flat, inside)
 
     def _require_seed(self, name: str) -> None:
         if not self.holds_seed:

@@ -29,8 +29,7 @@ from torch.futures import Future
 from effx_dist.checkpoint.format.manifest import TensorRecord
 from effx_dist.checkpoint.format.reader import ChainReader, open_checkpoint
 from effx_dist.checkpoint.state.matching import listed
-from effx_dist.checkpoint.state.tree import read_tree
-from effx_dist.checkpoint.state.values import payload_of
+from effx_dist.checkpoint.state.tree import payload_of, read_tree
 from effx_dist.checkpoint.storage.places import Folder, location
 from effx_dist.shard import Box
 

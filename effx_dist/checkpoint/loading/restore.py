@@ -73,7 +73,7 @@ def restore(
         own = own_states(manifest, wanted.stateful, group.rank, group.size)
         return found, own, extra_leaves(manifest, wanted.stateful, own)
 
-    targets, states, others = group.everywhere(find, keep_own_error=True)
+    targets, states, others = group.everywhere(find)
     random_states = _random_leaves(manifest, group.rank) if wanted.continues else {}
     leaves = {**targets.leaves, **others, **random_states}
     check_seed(reader.chain, leaves, group)
@@ -81,10 +81,8 @@ def restore(
     def fill() -> None:
         drive_load({name: Fragment.of(name, leaf) for name, leaf in leaves.items()}, reader)
 
-    group.everywhere(fill, keep_own_error=True)
-    group.everywhere(
-        lambda: _install(wanted, targets, manifest, states, others), keep_own_error=True
-    )
+    group.everywhere(fill)
+    group.everywhere(lambda: _install(wanted, targets, manifest, states, others))
     wanted.live.finish()
     generators = {name.rpartition(".")[2]: tensor for name, tensor in random_states.items()}
     _set_random_state(wanted.live, generators, group.rank)
@@ -93,7 +91,7 @@ def restore(
     chained = {name: targets.leaves[name] for name in targets.unrenamed - refitted} | others
     if wanted.live.is_replicated:  # a rank needs references of what it saves
         own = shared_out(chained, group.rank, group.size)
-        chained = {name: leaf for name, leaf in own.items() if Fragment.of(name, leaf).own_parts}
+        chained = {name: leaf for name, leaf in own.items() if Fragment.of(name, leaf).own_pieces}
     loaded = _loaded(reader, chained if wanted.keeps_references else {})
     return extra, loaded, replace(targets.report, extra=extra)
 

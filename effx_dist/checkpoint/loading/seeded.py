@@ -24,7 +24,7 @@ from effx_dist.checkpoint.format.manifest import (
 )
 from effx_dist.checkpoint.format.manifest_checks import write_manifest
 from effx_dist.checkpoint.format.reader import ChainReader
-from effx_dist.checkpoint.saving.decision import new_manifest
+from effx_dist.checkpoint.saving.manifest_building import new_manifest
 from effx_dist.checkpoint.saving.saver import Loaded
 from effx_dist.checkpoint.state.fragment import Fragment
 from effx_dist.checkpoint.state.joints import is_chained
@@ -55,12 +55,7 @@ def start_chain(folder: Location, leaves: Mapping[str, Leaf], group: Group) -> L
     chained = {name: f for name, f in fragments.items() if is_chained(name, f.facts)}
     hashes = whole_fingerprints(chained, group)
 
-    def write() -> tuple[str, Manifest] | None:
-        return _write(folder, chained, hashes) if group.rank == 0 else None
-
-    written = group.broadcast_object(group.everywhere(write))
-    assert written is not None
-    checksum, manifest = written
+    checksum, manifest = group.from_first(lambda: _write(folder, chained, hashes))
     return Loaded(
         id=checksum,
         step=manifest.step,
@@ -110,10 +105,10 @@ def check_seed(chain: ChainReader, leaves: Mapping[str, Leaf], group: Group) -> 
     def find() -> dict[str, Seeded]:
         return {name: seed for name in leaves if (seed := chain.seed_of(name)) is not None}
 
-    needed = group.everywhere(find, keep_own_error=True)
+    needed = group.everywhere(find)
     live = {name: Fragment.of(name, leaves[name]) for name in needed}
     held = group.all_gather_object(_held(live))
-    group.everywhere(lambda: _compare(chain, needed, _merge(live, held)), keep_own_error=True)
+    group.everywhere(lambda: _compare(chain, needed, _merge(live, held)))
     chain.holds_seed = bool(needed)
 
 
@@ -136,7 +131,7 @@ def whole_fingerprints(fragments: Mapping[str, Fragment], group: Group) -> dict[
 
 def _held(fragments: Mapping[str, Fragment]) -> Held:
     return {
-        name: {box: _fingerprint_of(fragment.shape, box, part) for box, part in fragment.parts}
+        name: {box: _fingerprint_of(fragment.shape, box, part) for box, part in fragment.pieces}
         for name, fragment in fragments.items()
     }
 

@@ -66,7 +66,7 @@ class Chain:
         """A save has been written here; ``reconstruction`` is what it decodes to."""
         self._pending = (identity, reconstruction)
 
-    def settle(self, identity: str | None) -> None:
+    def conclude(self, identity: str | None) -> None:
         """Go on from the checkpoint called ``identity``: the pending save if it is that one, else
         the one before."""
         if self._pending is not None and self._pending[0] == identity:

@@ -7,68 +7,56 @@ tells all ranks whether the save was committed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from torch.distributed.checkpoint import StorageReader
+from torch.distributed.checkpoint import Metadata, SavePlan, StorageReader
 
 from effx_dist.checkpoint.format.manifest import Manifest
 from effx_dist.checkpoint.saving.planners import ExcpLoadPlanner, ExcpSavePlanner
 from effx_dist.checkpoint.saving.writer import ExcpWriter
 from effx_dist.shard import Group
 
-T = TypeVar("T")
-
-
-def together(group: Group, body: Callable[[], T]) -> list[T]:
-    """:meth:`Group.everywhere`, and then every rank's result by rank. Two gathers; for small
-    results."""
-    return group.all_gather_object(group.everywhere(body))
-
 
 def drive_save(state: dict[str, Any], writer: ExcpWriter, group: Group) -> Manifest:
     """Save ``state`` (names to fragments, tensors or DTensors) with ``writer``; returns the
     committed manifest.
 
-    Rank 0 coordinates. Eight gathers, and the writer's own merging of statistics. Raises
-    RankFailedError on all ranks if one of them failed: then nothing was committed and the chain
-    stays where it was.
+    Rank 0 coordinates. Two gathers to it, two broadcasts from it, and the writer's own merging of
+    statistics. Raises RankFailedError on all ranks if one of them failed: then nothing was committed
+    and the chain stays where it was.
     """
     planner = ExcpSavePlanner(flatten_state_dict=False)
     is_coordinator = group.rank == 0
 
-    def local_plan() -> Any:
+    def local_plan() -> SavePlan:
         planner.set_up_planner(state, is_coordinator=is_coordinator)
         writer.set_up_storage_writer(is_coordinator, rank=group.rank)
         return writer.prepare_local_plan(planner.create_local_plan())
 
     try:
-        plans = together(group, local_plan)
+        plans = group.gather_to_first(local_plan, keep_own_error=False)
 
-        def global_plan() -> Any:
-            if not is_coordinator:
-                return None
-            coordinated, metadata = planner.create_global_plan(plans)
+        def global_plan() -> tuple[list[SavePlan], Metadata]:
+            coordinated, metadata = planner.create_global_plan(plans or [])
             return writer.prepare_global_plan(coordinated), metadata
 
-        decided, metadata = together(group, global_plan)[0]
+        decided, metadata = group.from_first(global_plan, keep_own_error=False)
         plan = planner.finish_plan(decided[group.rank])
-        results = together(group, lambda: writer.write_data(plan, planner).value())
-        manifests = together(
-            group, lambda: _finish(writer, metadata, results) if is_coordinator else None
+        results = group.gather_to_first(
+            lambda: writer.write_data(plan, planner).value(), keep_own_error=False
         )
+
+        def finish() -> Manifest:
+            writer.finish(metadata, results or [])
+            assert writer.manifest is not None
+            return writer.manifest
+
+        manifest = group.from_first(finish, keep_own_error=False)
     except BaseException:
-        writer.settle(committed=False)
+        writer.conclude(committed=False)
         raise
-    writer.settle(committed=True)
-    assert manifests[0] is not None
-    return manifests[0]
-
-
-def _finish(writer: ExcpWriter, metadata: Any, results: Any) -> Manifest:
-    writer.finish(metadata, results)
-    assert writer.manifest is not None
-    return writer.manifest
+    writer.conclude(committed=True)
+    return manifest
 
 
 def drive_load(state: dict[str, Any], reader: StorageReader) -> None:

@@ -40,7 +40,7 @@ class CopyingStager:
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Fragment):
-        parts = [(box, part.detach().to("cpu", copy=True)) for box, part in value.parts]
+        parts = [(box, part.detach().to("cpu", copy=True)) for box, part in value.pieces]
         return Fragment(value.shape, value.dtype, parts, value.is_replica)
     if not isinstance(value, torch.Tensor):
         return value

@@ -153,6 +153,6 @@ class _Rounds:
     def _reduce(self, rows: Array, fill: Callable[[], None], op: ReduceOp) -> Array:
         """One rank's failure ends the round on all of them, instead of leaving the others in the
         all-reduce."""
-        self._group.everywhere(fill)
+        self._group.everywhere(fill, keep_own_error=False)
         merged: Array = self._group.all_reduce(torch.from_numpy(rows), op).numpy()
         return merged

@@ -14,8 +14,8 @@ import torch
 from effx_dist.checkpoint.format.manifest import Figures, ParentRecord
 from effx_dist.checkpoint.saving.arena import Bundle
 from effx_dist.checkpoint.saving.chain import Chain
-from effx_dist.checkpoint.saving.decision import SaveFacts
 from effx_dist.checkpoint.saving.drive import drive_save
+from effx_dist.checkpoint.saving.manifest_building import SaveFacts
 from effx_dist.checkpoint.saving.retention import remove_leftovers, retire, set_aside_newer
 from effx_dist.checkpoint.saving.writer import ExcpWriter
 from effx_dist.checkpoint.state.fragment import Fragment
@@ -81,7 +81,7 @@ class Packed:
 def _tensors_of(value: SaveJob | Loaded) -> list[torch.Tensor]:
     if isinstance(value, Loaded):
         return list(value.references.values())
-    return [part for fragment in value.state.values() for _, part in fragment.parts]
+    return [part for fragment in value.state.values() for _, part in fragment.pieces]
 
 
 def _with_tensors(value: SaveJob | Loaded, tensors: Iterator[Any]) -> SaveJob | Loaded:
@@ -89,7 +89,9 @@ def _with_tensors(value: SaveJob | Loaded, tensors: Iterator[Any]) -> SaveJob | 
     if isinstance(value, Loaded):
         return replace(value, references={key: next(tensors) for key in value.references})
     state = {
-        name: Fragment(f.shape, f.dtype, [(box, next(tensors)) for box, _ in f.parts], f.is_replica)
+        name: Fragment(
+            f.shape, f.dtype, [(box, next(tensors)) for box, _ in f.pieces], f.is_replica
+        )
         for name, f in value.state.items()
     }
     return replace(value, state=state)
@@ -142,7 +144,7 @@ class Saver:
 
     def _save(self, job: SaveJob) -> SaveResult:
         started = time.perf_counter()
-        self._group.everywhere(self._clear_the_way)
+        self._group.everywhere(self._clear_the_way, keep_own_error=False)
         try:
             values, aliases = agreed(job.facts.extra, job.facts.aliases, job.state, self._group)
             writer = self._writer(job, replace(job.facts, extra=values, aliases=aliases))

@@ -36,12 +36,14 @@ class Staging:
         """Fragments of all leaves in host memory. Waits for the copies. No communication is
         performed."""
         live = {name: Fragment.of(name, leaf) for name, leaf in leaves.items()}
-        parts = [(name, box, part) for name, found in live.items() for box, part in found.own_parts]
+        parts = [
+            (name, box, part) for name, found in live.items() for box, part in found.own_pieces
+        ]
         buffers = self._shared_buffers(parts) if self._shared else self._own_buffers(parts)
         staged = {name: Fragment(found.shape, found.dtype, []) for name, found in live.items()}
         for (name, box, part), buffer in zip(parts, buffers, strict=True):
             buffer.copy_(part, non_blocking=buffer.is_pinned())
-            staged[name].parts.append((box, buffer))
+            staged[name].pieces.append((box, buffer))
         for device in {part.device for _, _, part in parts}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

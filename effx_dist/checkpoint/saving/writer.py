@@ -35,28 +35,16 @@ from effx_dist.checkpoint.format.manifest_checks import (
     write_manifest,
 )
 from effx_dist.checkpoint.saving.chain import Chain, Key
-from effx_dist.checkpoint.saving.decision import (
-    LOSSLESS,
-    Decision,
-    LocalState,
-    SaveFacts,
-    Written,
-    build_manifest,
-    decide,
-)
+from effx_dist.checkpoint.saving.decision import LOSSLESS, Decision, LocalState, decide
+from effx_dist.checkpoint.saving.manifest_building import SaveFacts, Written, build_manifest
 from effx_dist.checkpoint.saving.old_torch import SafeStaging
 from effx_dist.checkpoint.saving.quantisers import Measured, measure
 from effx_dist.checkpoint.state.fragment import checked_dtype
 from effx_dist.checkpoint.state.joints import TensorFacts, is_chained, is_moment
-from effx_dist.checkpoint.state.values import parse_value
+from effx_dist.checkpoint.state.tree import parse_value
 from effx_dist.checkpoint.storage.places import Location, location
-from effx_dist.checkpoint.storage.steps import (
-    LATEST,
-    MANIFEST,
-    MANIFEST_SHA256,
-    claim_step_folder,
-    step_of,
-)
+from effx_dist.checkpoint.storage.step_names import LATEST, MANIFEST, MANIFEST_SHA256, step_of
+from effx_dist.checkpoint.storage.steps import claim_step_folder
 from effx_dist.checkpoint.storage.tags import point_to
 from effx_dist.config import ExcpConfig
 from effx_dist.core.excp import PROFILES
@@ -154,9 +142,9 @@ class ExcpWriter(SafeStaging, StorageWriter):
         _refuse_stock_caching(planner)
         group = as_group(self._group) if self._merges(decision) else SoloGroup()
         parts, results = group.everywhere(  # a rank whose planner fails must not be waited for
-            lambda: self._resolve(plan.items, planner, decision), keep_own_error=True
+            lambda: self._resolve(plan.items, planner, decision), keep_own_error=False
         )
-        self.chain.settle(decision.parent_id if decision.is_link else self.chain.id)
+        self.chain.conclude(decision.parent_id if decision.is_link else self.chain.id)
         joint_parts = self._joint_parts(decision, parts)
         self._measured = self._measure(decision, joint_parts)
         reconstruction: dict[Key, torch.Tensor] = {}
@@ -219,7 +207,7 @@ class ExcpWriter(SafeStaging, StorageWriter):
         checksum = manifest_checksum(content, self.path / MANIFEST)
         self.chain.parent = ParentRecord(name=self.path.name, xxh3=checksum)
         self.chain.figures = self.manifest.figures
-        self.chain.settle(self._decision.id)
+        self.chain.conclude(self._decision.id)
         try:
             point_to(self.path, facts.tag, facts.moves_latest)
         except OSError:  # the checkpoint stands; what is newest is decided by the manifests
@@ -242,11 +230,11 @@ class ExcpWriter(SafeStaging, StorageWriter):
         """A folder of this save alone, so that no other job ever writes into it."""
         return self.path.staging(decision.id)
 
-    def settle(self, committed: bool) -> None:
+    def conclude(self, committed: bool) -> None:
         """Tell this rank whether the save was committed, where the caller knows. No communication
         is performed."""
         if self._decision is not None:
-            self.chain.settle(self._decision.id if committed else None)
+            self.chain.conclude(self._decision.id if committed else None)
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=str(self.path))

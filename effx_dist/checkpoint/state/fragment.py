@@ -1,4 +1,4 @@
-"""Pieces of whole tensors as torch.distributed.checkpoint sees them.
+"""What a rank holds of a whole tensor, as torch.distributed.checkpoint sees it.
 
 A fragment implements the checkpointable protocol of torch.distributed.checkpoint, so its planners
 reshard between any two layouts.
@@ -23,12 +23,12 @@ from effx_dist.shard import Box, LocalRows, local_of, pieces_of_tensor, whole_bo
 
 
 class Fragment:
-    """This rank's boxes of one whole tensor.
+    """This rank's pieces of one whole tensor.
 
     Args:
         shape: shape of the whole tensor.
         dtype: its data type.
-        parts: the boxes this rank holds, each with a tensor of the box's shape. May be empty.
+        pieces: the boxes this rank holds, each with a tensor of the box's shape. May be empty.
         is_replica: other ranks hold all of these boxes too, perhaps cut in other ways. A load fills
             them; a save leaves them to those ranks.
     """
@@ -37,17 +37,17 @@ class Fragment:
         self,
         shape: Sequence[int],
         dtype: torch.dtype,
-        parts: Sequence[tuple[Box, torch.Tensor]],
+        pieces: Sequence[tuple[Box, torch.Tensor]],
         is_replica: bool = False,
     ) -> None:
         self.shape = tuple(shape)
         self.dtype = dtype
-        self.parts = list(parts)
+        self.pieces = list(pieces)
         self.is_replica = is_replica
 
     @classmethod
     def of(cls, name: str, value: torch.Tensor | LocalRows | Fragment) -> Fragment:
-        """Describe a plain tensor, a DTensor or local rows; the parts share its memory. A fragment
+        """Describe a plain tensor, a DTensor or local rows; the pieces share its memory. A fragment
         is its own description."""
         if isinstance(value, Fragment):
             return value
@@ -56,8 +56,11 @@ class Fragment:
         checked_dtype(name, value.local.dtype if isinstance(value, LocalRows) else value.dtype)
         if isinstance(value, LocalRows):
             is_held = value.local.numel() or not math.prod(value.global_shape)
-            parts = [(value.box, value.local)] if is_held else []
-            return cls(value.global_shape, value.local.dtype, parts)
+            return cls(
+                value.global_shape,
+                value.local.dtype,
+                [(value.box, value.local)] if is_held else [],
+            )
         whole, pieces = pieces_of_tensor(name, value)
         local = local_of(value).detach()
         if not whole.numel:  # nobody holds a piece of it; one rank writes its shape
@@ -68,9 +71,14 @@ class Fragment:
         return cls(whole.shape, value.dtype, [(p.box, p.view(local)) for p in pieces])
 
     @property
-    def own_parts(self) -> list[tuple[Box, torch.Tensor]]:
+    def parts(self) -> list[tuple[Box, torch.Tensor]]:
+        """The former name of ``pieces``."""
+        return self.pieces
+
+    @property
+    def own_pieces(self) -> list[tuple[Box, torch.Tensor]]:
         """What this rank can save."""
-        return [] if self.is_replica else self.parts
+        return [] if self.is_replica else self.pieces
 
     @property
     def facts(self) -> TensorFacts:
@@ -88,21 +96,21 @@ class Fragment:
                     size=torch.Size(self.shape),
                 ),
             )
-            for index, (box, _) in enumerate(self.own_parts)
+            for index, (box, _) in enumerate(self.own_pieces)
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(box) for box, _ in self.parts]
+        return [_chunk(box) for box, _ in self.pieces]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         offsets = tuple(index.offset or ())
-        for box, part in self.parts:
+        for box, values in self.pieces:
             if box.offsets == offsets:
-                return part
+                return values
         raise KeyError(f"{index.fqn}: no piece at {offsets} on this rank")
 
 
-def plain_parts(name: str, value: Any) -> dict[str, Any]:
+def plain_tensors(name: str, value: Any) -> dict[str, Any]:
     """A tensor that is made of others (torchao's quantised ones), as those, by their attributes' names; any
     other leaf as it is. They share its memory: what a load fills of them is in it."""
     if not _is_made_of_others(value):
@@ -110,7 +118,7 @@ def plain_parts(name: str, value: Any) -> dict[str, Any]:
     attributes, _ = value.__tensor_flatten__()
     found: dict[str, Any] = {}
     for attribute in attributes:
-        found |= plain_parts(f"{name}.{attribute}", getattr(value, attribute))
+        found |= plain_tensors(f"{name}.{attribute}", getattr(value, attribute))
     return found
 
 

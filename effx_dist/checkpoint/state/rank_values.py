@@ -165,7 +165,7 @@ def _digests(state: Mapping[str, Fragment]) -> dict[str, str]:
     """Of tensors in states that this rank holds as a whole, by name."""
     found = {}
     for name, fragment in state.items():
-        parts = fragment.own_parts
+        parts = fragment.own_pieces
         if not name.startswith(("stateful.", "extra.")) or len(parts) != 1:
             continue
         box, part = parts[0]

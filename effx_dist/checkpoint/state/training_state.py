@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from effx_dist.checkpoint.format.bounds import empty_for
 from effx_dist.checkpoint.format.manifest import Manifest, short
-from effx_dist.checkpoint.state.fragment import Fragment, plain_parts
+from effx_dist.checkpoint.state.fragment import Fragment, plain_tensors
 from effx_dist.checkpoint.state.joints import TensorFacts, is_spread
 from effx_dist.checkpoint.state.live import LiveState
 from effx_dist.checkpoint.state.matching import (
@@ -104,7 +104,7 @@ def shared_out(leaves: Mapping[str, Leaf], rank: int, num_ranks: int) -> dict[st
             continue
         whole = Fragment.of(name, leaf)
         if saver_of(name, whole.facts, num_ranks) != rank:
-            found[name] = Fragment(whole.shape, whole.dtype, whole.parts, is_replica=True)
+            found[name] = Fragment(whole.shape, whole.dtype, whole.pieces, is_replica=True)
     return found
 
 
@@ -124,7 +124,7 @@ def _model_leaves(live: LiveState) -> tuple[dict[str, Leaf], dict[str, str], dic
         if not isinstance(value, Leaf):
             values[name] = tree_to_json(value, f"{MODEL}.{name}", leaves)
         elif name not in tied:
-            leaves |= plain_parts(f"{MODEL}.{name}", value)
+            leaves |= plain_tensors(f"{MODEL}.{name}", value)
     aliases: dict[str, str] = {}
     for alias, name in tied.items():
         first, other = f"{MODEL}.{name}", f"{MODEL}.{alias}"
@@ -143,7 +143,7 @@ def _optimizer_leaves(
         for key, value in entries.items():
             path = f"{OPTIMIZER}.{parameter}.{key}"
             if isinstance(value, Leaf):
-                leaves |= plain_parts(path, value)
+                leaves |= plain_tensors(path, value)
             else:
                 values.setdefault(parameter, {})[key] = tree_to_json(value, path, leaves)
     return leaves, values
@@ -241,7 +241,7 @@ def _optimizer_targets(
             f"{OPTIMIZER}.{parameter}.{part}": (tensor, f"{OPTIMIZER}.{saved}.{part}")
             for key, value in entries.items()
             if isinstance(value, Leaf)
-            for part, tensor in plain_parts(key, value).items()
+            for part, tensor in plain_tensors(key, value).items()
         }
         has_tensors = any(name in stored for _, name in tensors.values())
         if saved is not None and (has_tensors or saved in values.optimizer_values):
@@ -339,7 +339,7 @@ def chained_references(
 ) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
     """Host copies of the local boxes of ``names``: what the next save is a difference against."""
     return {
-        (name, box.offsets): part.detach().to("cpu", copy=True).contiguous()
+        (name, box.offsets): values.detach().to("cpu", copy=True).contiguous()
         for name in names
-        for box, part in Fragment.of(name, leaves[name]).parts
+        for box, values in Fragment.of(name, leaves[name]).pieces
     }

@@ -64,3 +64,9 @@ def location(folder: Folder) -> Location:
     if isinstance(filesystem, LocalFileSystem):
         return LocalFolder(Path(path))
     return RemoteFolder(text)
+
+
+def folder_key(folder: str | os.PathLike[str]) -> str:
+    """The same text for the same folder: a URL as it is, a local path made absolute."""
+    text = os.fspath(folder)
+    return text if "://" in text else str(Path(text).absolute())

@@ -6,14 +6,8 @@ from dataclasses import dataclass, replace
 
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.places import Folder, Location, location
-from effx_dist.checkpoint.storage.steps import (
-    MANIFEST,
-    MERGED,
-    MOMENTS_REMOVED,
-    PINNED,
-    committed_folders,
-    unfinished_steps,
-)
+from effx_dist.checkpoint.storage.step_names import MANIFEST, MERGED, MOMENTS_REMOVED, PINNED
+from effx_dist.checkpoint.storage.steps import committed_folders, unfinished_steps
 from effx_dist.checkpoint.storage.tags import tags_of
 from effx_dist.errors import CheckpointNotFoundError
 

@@ -1,14 +1,9 @@
-"""Work that ranks share: which of them does which part, and what the first one decides for all."""
+"""Work that ranks share: which of them does what."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
-
-from effx_dist.shard import Group
-
-T = TypeVar("T")
+from collections.abc import Sequence
 
 
 def dealt_out(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -24,20 +19,3 @@ def dealt_out(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
         heapq.heapreplace(loads, (load + sizes[index], rank))
         shares[rank].append(index)
     return [sorted(share) for share in shares]
-
-
-def on_all(group: Group, body: Callable[[], T]) -> T:
-    """:meth:`Group.everywhere`; what fails where nobody else waits is raised as it is."""
-    return group.everywhere(body, keep_own_error=group.size == 1)
-
-
-def on_first(group: Group, body: Callable[[], T]) -> T | None:
-    """Run ``body`` on rank 0 alone; its result there, None elsewhere. All ranks get an error where it
-    fails. One small gather."""
-    return on_all(group, lambda: body() if group.rank == 0 else None)
-
-
-def from_first(group: Group, body: Callable[[], T]) -> T:
-    """Run ``body`` on rank 0 alone; its result on all ranks, or an error on all where it fails. One small
-    gather and one broadcast."""
-    return cast(T, group.broadcast_object(on_first(group, body)))

@@ -13,17 +13,14 @@ from effx_dist.checkpoint.format.reader import ChainReader, StepReader, read_man
 from effx_dist.checkpoint.format.whole_tensors import OnProgress, read_pieces
 from effx_dist.checkpoint.state.training_state import run_values
 from effx_dist.checkpoint.storage.places import Folder, Location
-from effx_dist.checkpoint.storage.steps import (
+from effx_dist.checkpoint.storage.step_names import (
     MANIFEST,
     MERGED,
     MOMENTS_REMOVED,
-    committed_steps,
     is_moments_file,
-    require_committed,
-    step_folder,
 )
+from effx_dist.checkpoint.storage.steps import committed_steps, require_committed, step_folder
 from effx_dist.checkpoint.tools.inspect import existing_folder
-from effx_dist.checkpoint.tools.sharing import on_all
 from effx_dist.errors import CheckpointNotFoundError, EffxError
 from effx_dist.shard import Group, SoloGroup
 
@@ -95,13 +92,16 @@ def verify_folder(
         return found
 
     # the first rank's choice: a save may be committed while others are still looking
-    steps = ranks.broadcast_object(on_all(ranks, choose))
+    is_alone = ranks.size == 1  # then what fails is raised as it is
+    steps = ranks.from_first(choose, keep_own_error=is_alone)
     share = _Share(ranks, jobs, decode, on_progress)
-    own = on_all(ranks, lambda: _verify_share(existing_folder(folder), steps, share))
-    parts = ranks.all_gather_object(own)
-    total = VerifyReport(num_steps=parts[0].num_steps)
-    for part in parts:
-        total.add(part)
+    own = ranks.everywhere(
+        lambda: _verify_share(existing_folder(folder), steps, share), keep_own_error=is_alone
+    )
+    reports = ranks.all_gather_object(own)
+    total = VerifyReport(num_steps=reports[0].num_steps)
+    for report in reports:
+        total.add(report)
     return total
 
 

@@ -16,21 +16,17 @@ from weakref import WeakSet
 import deepspeed
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
-from effx_dist.checkpoint.by_folder import CheckpointersByFolder
-from effx_dist.checkpoint.saving.open_ones import folder_key, settle, settle_saves_in
+from effx_dist.checkpoint.checkpointer import CheckpointersByFolder
+from effx_dist.checkpoint.saving.in_flight import settle, settle_saves_in
 from effx_dist.checkpoint.state.training_state import Stateful
 from effx_dist.checkpoint.state.tree import tree_to_json
-from effx_dist.checkpoint.storage.places import Location, location
+from effx_dist.checkpoint.storage.places import Location, folder_key, location
+from effx_dist.checkpoint.storage.step_names import LATEST, TAG, StepPrefix, step_name, step_of
 from effx_dist.checkpoint.storage.steps import (
-    LATEST,
-    TAG,
-    StepPrefix,
     committed_steps,
     holds_foreign_files,
     refuse_foreign_files,
     step_folder,
-    step_name,
-    step_of,
 )
 from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag, is_tag_name, point_to
 from effx_dist.checkpoint.tools.convert.universal import ENGINE
@@ -38,7 +34,7 @@ from effx_dist.config import ExcpConfig
 from effx_dist.data import ProgressLR
 from effx_dist.engines.deepspeed.live import ZeroState
 from effx_dist.engines.deepspeed.loss_scale import LossScaler, scaler_of
-from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from effx_dist.errors import CheckpointNotFoundError, ConfigError
 from effx_dist.shard import TorchGroup
 
 logger = logging.getLogger(__name__)
@@ -135,7 +131,7 @@ class EngineCheckpoints:
                 refuse_foreign_files(location(home) / step_name(step, _PREFIX))
             return self._extra(client_state or {}), own_tag, home
 
-        extra, own_tag, home = self._group.everywhere(check, keep_own_error=True)
+        extra, own_tag, home = self._group.everywhere(check)
         key = self._group.broadcast_object(home)
         _users[key].add(self)
         checkpoints = self.checkpointer(key)
@@ -271,29 +267,15 @@ class EngineCheckpoints:
         settle_saves_in(main)
         if tag is not None and is_tag_name(str(tag)):
             settle_saves_in(location(main) / str(tag))
-        problem, found = None, None
-        if self._group.rank == 0:
-            try:
-                found = _look(main, None if tag is None else str(tag))
-            except (CheckpointNotFoundError, CorruptCheckpointError) as error:
-                problem = error
-        found, problem = self._group.broadcast_object((found, problem))
-        if problem is not None:
-            raise problem
-        assert found is not None
-        return found
+        return self._group.from_first(lambda: _look(main, None if tag is None else str(tag)))
 
     def _stands(self, checkpoints: Checkpointer) -> bool:
         """Whether the last save was committed, as far as any rank knows; waits for it."""
         return all(self._group.all_gather_object(settle(checkpoints)))
 
     def _rename(self, folder: Location, step: int, tag: str | None, moves_latest: bool) -> None:
-        def rename() -> None:
-            if self._group.rank == 0:
-                point_to(step_folder(folder, step), tag, moves_latest)
-
         logger.info("step %d: is saved already; nothing is written but its names", step)
-        self._group.everywhere(rename, keep_own_error=True)
+        self._group.from_first(lambda: point_to(step_folder(folder, step), tag, moves_latest))
 
     def _extra(self, client_state: Mapping[str, Any]) -> dict[str, Any]:
         if ENGINE in client_state:

@@ -16,15 +16,12 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from effx_dist.checkpoint import Fragment
-from effx_dist.checkpoint.state.live import (
-    LiveState,
-    OptimizerState,
-    StateByName,
+from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName
+from effx_dist.checkpoint.state.names import plain_name, tied_names
+from effx_dist.checkpoint.state.optimizer_groups import (
     group_options,
     make_empty_state,
-    plain_name,
     take_group_options,
-    tied_names,
 )
 from effx_dist.engines.deepspeed.partitions import Partition, partition_of_param, partitions
 from effx_dist.errors import LayoutMismatchError
@@ -55,7 +52,7 @@ class ZeroState(LiveState):
         masters = {
             plain_name(whole.name): _fragment(whole, pieces, partition.flat)
             for partition in self._partitions
-            for whole, pieces in partition.placed
+            for whole, pieces in partition.held
         }
         found: dict[str, Any] = {}
         parameters = {plain_name(raw): p for raw, p in module.named_parameters()}
@@ -137,7 +134,7 @@ class ZeroState(LiveState):
         found: StateByName = {}
         for partition in self._partitions:
             for key, value in self._state_of(partition).items():
-                for whole, pieces in partition.placed:
+                for whole, pieces in partition.held:
                     of_whole = found.setdefault(plain_name(whole.name), {})
                     if _is_spread(key, value, partition):
                         of_whole[key] = _fragment(whole, pieces, value)

@@ -23,15 +23,13 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard import (
     Group,
+    Held,
     Piece,
     ShardMap,
     TorchGroup,
     WholeTensor,
     pieces_of_flat_range,
 )
-
-Placed = list[tuple[WholeTensor, tuple[Piece, ...]]]
-"""Whole parameters, each with what of it lies in one tensor here."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +41,24 @@ class Partition:
             of the base optimiser's state. Without ZeRO it may be a parameter, in its own shape.
         group_index: its group in the base optimiser's ``param_groups``, which stage 3 keeps empty
             between steps.
-        placed: every parameter that is spread over this partition and those of the same place on the
+        held: every parameter that is spread over this partition and those of the same place on the
             other ranks, in the same order on all of them, each with its pieces in ``flat``; this rank
             may hold nothing of one. Elements that no piece covers are padding.
     """
 
     flat: torch.Tensor
     group_index: int
-    placed: Placed
+    held: list[Held]
 
     @property
     def wholes(self) -> tuple[WholeTensor, ...]:
         """The parameters."""
-        return tuple(whole for whole, _ in self.placed)
+        return tuple(whole for whole, _ in self.held)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """All that lies in ``flat``."""
-        return tuple(piece for _, of_whole in self.placed for piece in of_whole)
+        return tuple(piece for _, of_whole in self.held for piece in of_whole)
 
 
 def partitions(engine: Any) -> list[Partition]:
@@ -154,31 +152,29 @@ def _of_cut_rows(
     for index, (flat, params, starts, process_group) in enumerate(rows):
         spread_over = _spread_over(process_group)
         here = flat.numel() * dist.get_rank(process_group)
-        placed: Placed = []
+        held: list[Held] = []
         for param, at in zip(params, starts, strict=False):
             whole = WholeTensor(name_of[param], tuple(param.shape), spread_over)
             start = min(max(here - at, 0), whole.numel)
             stop = min(max(here + flat.numel() - at, 0), whole.numel)
             local_start = at + start - here
-            placed.append((whole, pieces_of_flat_range(whole, start, stop, local_start)))
-        yield Partition(flat, index, placed)
+            held.append((whole, pieces_of_flat_range(whole, start, stop, local_start)))
+        yield Partition(flat, index, held)
 
 
 def _of_sub_groups(zero: Any, name_of: _Names) -> Iterator[Partition]:
     """Stage 3: each rank has an equal part of every parameter, the last ones with padding at their end."""
     rows = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
     for sub_group, (flat, params) in enumerate(rows):
-        placed: Placed = []
+        held: list[Held] = []
         local_start = 0
         for param in params:
-            placed.append(partition_of_param(param, name_of[param], local_start))
+            held.append(partition_of_param(param, name_of[param], local_start))
             local_start += param.partition_numel()
-        yield Partition(flat, zero.sub_group_to_group_id[sub_group], placed)
+        yield Partition(flat, zero.sub_group_to_group_id[sub_group], held)
 
 
-def partition_of_param(
-    param: Any, name: str, local_start: int = 0
-) -> tuple[WholeTensor, tuple[Piece, ...]]:
+def partition_of_param(param: Any, name: str, local_start: int = 0) -> Held:
     """A parameter that stage 3 has cut, and the pieces of this rank's part of it, which lies from
     ``local_start`` on in some tensor. No communication is performed.
     """
@@ -190,15 +186,15 @@ def partition_of_param(
     return whole, pieces_of_flat_range(whole, start, stop, local_start)
 
 
-def _one_behind_the_other(params: Sequence[torch.Tensor], name_of: _Names) -> Placed:
+def _one_behind_the_other(params: Sequence[torch.Tensor], name_of: _Names) -> list[Held]:
     """Whole parameters, without padding."""
-    placed: Placed = []
+    held: list[Held] = []
     local_start = 0
     for param in params:
         whole = WholeTensor(name_of[param], tuple(param.shape))
-        placed.append((whole, pieces_of_flat_range(whole, 0, whole.numel, local_start)))
+        held.append((whole, pieces_of_flat_range(whole, 0, whole.numel, local_start)))
         local_start += whole.numel
-    return placed
+    return held
 
 
 def _spread_over(process_group: dist.ProcessGroup) -> tuple[Group, ...]:

@@ -15,11 +15,11 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from effx_dist.config import CautiousConfig
-from effx_dist.engines.megatron.fragments import MainParam, shard_map_source
+from effx_dist.engines.megatron.local_tensors import MainParam, shard_map_source
 from effx_dist.errors import ConfigError
 from effx_dist.optim import CautiousAdamW, CautiousSGD
 from effx_dist.optim.base import CautiousOptimizer
-from effx_dist.optim.layouts import Layouts
+from effx_dist.optim.drawn_layouts import DrawnLayouts
 
 FUSED_ADAM = "FusedAdam"
 """Of Transformer Engine and of Apex."""
@@ -67,7 +67,7 @@ def make_cautious(optimizer: Any, params: Sequence[MainParam], settings: Cautiou
     inner.__setstate__(
         {
             "implementation": settings.implementation,
-            "_layouts": Layouts(shard_map_source(params)),
+            "_layouts": DrawnLayouts(shard_map_source(params)),
         }
     )
     for group in inner.param_groups:

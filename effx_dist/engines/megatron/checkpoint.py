@@ -9,12 +9,12 @@ from typing import Any
 import megatron.core
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
-from effx_dist.checkpoint.by_folder import CheckpointersByFolder
+from effx_dist.checkpoint.checkpointer import CheckpointersByFolder
 from effx_dist.checkpoint.state.training_state import Stateful
 from effx_dist.checkpoint.tools.convert.megatron_llama import MEGATRON
 from effx_dist.config import ExcpConfig
 from effx_dist.engines.megatron.description import description_of
-from effx_dist.engines.megatron.layout import Layout
+from effx_dist.engines.megatron.job_layout import JobLayout
 from effx_dist.engines.megatron.live import MegatronState
 from effx_dist.errors import ConfigError
 
@@ -36,7 +36,7 @@ class JobCheckpoints:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: JobLayout,
         excp: ExcpConfig | None,
         sampler: Callable[[], Stateful | None],
         vocabulary: int | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from effx_dist.engines.megatron.fragments import unwrapped
+from effx_dist.engines.megatron.local_tensors import unwrapped
 
 _FIELDS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),

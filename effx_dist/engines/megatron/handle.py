@@ -10,8 +10,8 @@ from effx_dist.engines.megatron.cautious import cautious_form, make_cautious
 from effx_dist.engines.megatron.checkpoint import JobCheckpoints
 from effx_dist.engines.megatron.checks import check
 from effx_dist.engines.megatron.data import DataFeed
-from effx_dist.engines.megatron.fragments import inner_optimizers, unwrapped
-from effx_dist.engines.megatron.layout import Layout, survey
+from effx_dist.engines.megatron.job_layout import JobLayout, survey
+from effx_dist.engines.megatron.local_tensors import inner_optimizers, unwrapped
 from effx_dist.engines.megatron.versions import has_strategies, strategies
 from effx_dist.shard import as_group
 
@@ -48,7 +48,7 @@ def attach(
     chunks = list(model_chunks) if isinstance(model_chunks, Sequence) else [model_chunks]
     optimizers = [] if optimizer is None else inner_optimizers(optimizer)
     group = as_group(None)
-    group.everywhere(lambda: check(optimizer, optimizers, chunks), keep_own_error=True)
+    group.everywhere(lambda: check(optimizer, optimizers, chunks))
     handle = Handle(survey(optimizer, chunks), cfg if cfg is not None else EffxConfig(), vocab_size)
     if has_strategies():
         strategies().register(handle, optimizer)
@@ -65,15 +65,15 @@ class Handle(DataFeed, JobCheckpoints):
         last_save: the save that began last, to wait for or to read figures of.
     """
 
-    def __init__(self, layout: Layout, config: EffxConfig, vocab_size: int | None) -> None:
+    def __init__(self, layout: JobLayout, config: EffxConfig, vocab_size: int | None) -> None:
         configs = [getattr(unwrapped(chunk), "config", None) for chunk in layout.model_chunks]
         DataFeed.__init__(self, config.infobatch, configs)
         JobCheckpoints.__init__(self, layout, config.excp, lambda: self.sampler, vocab_size)
         self.config = config
         settings = config.cautious
         if settings is not None and settings.enabled:
-            layout.group.everywhere(self._check_forms, keep_own_error=True)
-            layout.group.everywhere(self._make_cautious, keep_own_error=True)
+            layout.group.everywhere(self._check_forms)
+            layout.group.everywhere(self._make_cautious)
 
     def _check_forms(self) -> None:
         for optimizer in self.layout.optimizers:

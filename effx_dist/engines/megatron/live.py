@@ -15,17 +15,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from effx_dist.checkpoint import Fragment
 from effx_dist.checkpoint.state.joints import TensorFacts
-from effx_dist.checkpoint.state.live import (
-    LiveState,
-    OptimizerState,
-    StateByName,
+from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName
+from effx_dist.checkpoint.state.optimizer_groups import (
     group_options,
     make_empty_state,
     take_group_options,
 )
 from effx_dist.engines.megatron.cautious import keeps_steps_in_groups
-from effx_dist.engines.megatron.fragments import MainParam, Placement
-from effx_dist.engines.megatron.layout import Layout
+from effx_dist.engines.megatron.job_layout import JobLayout
+from effx_dist.engines.megatron.local_tensors import LocalTensor, MainParam
 from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard import Box, Piece, WholeTensor, whole_box
 
@@ -43,9 +41,11 @@ class MegatronState(LiveState):
     state by a step of zero gradients, and :meth:`finish` gathers parameters; both are collective.
     """
 
-    def __init__(self, layout: Layout, with_optimizer: bool = True) -> None:
+    def __init__(self, layout: JobLayout, with_optimizer: bool = True) -> None:
         self._layout = layout
-        self.has_optimizer = with_optimizer and any(m.group_index >= 0 for m in layout.members)
+        self.has_optimizer = with_optimizer and any(
+            m.group_index >= 0 for m in layout.known_tensors
+        )
         self._saved: Mapping[str, TensorFacts] = {}
         self._wider: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -56,7 +56,7 @@ class MegatronState(LiveState):
 
     @property
     def refitted(self) -> frozenset[str]:
-        shapes = ((member.name, member.facts.shape) for member in self._layout.members)
+        shapes = ((member.name, member.facts.shape) for member in self._layout.known_tensors)
         return frozenset(name for name, own in shapes if self._shape(name, own) != own)
 
     def model_state(self) -> dict[str, Any]:
@@ -66,14 +66,14 @@ class MegatronState(LiveState):
                 self._dtype(member.name, member.facts.dtype),
                 [],
             )
-            for member in self._layout.members
+            for member in self._layout.known_tensors
         }
-        for placement in self._layout.placed:
-            known = self._layout.by_param.get(id(placement.tensor))
+        for local in self._layout.local_tensors:
+            known = self._layout.by_param.get(id(local.tensor))
             if known is None:
-                found[placement.name] = self._as_it_is(placement)
+                found[local.name] = self._as_it_is(local)
             elif known[1].main is not None:
-                found[placement.name] = self._fragment(known[1], known[1].main)
+                found[local.name] = self._fragment(known[1], known[1].main)
         return found
 
     def tied_names(self) -> dict[str, str]:
@@ -99,7 +99,7 @@ class MegatronState(LiveState):
         state = self._by_name()
         told = self._layout.group.all_gather_object(_dtypes(state))
         dtypes = {key: dtype for row in told for key, dtype in row.items()}
-        for member in self._layout.members:
+        for member in self._layout.known_tensors:
             if member.group_index >= 0 and member.name not in state:
                 state[member.name] = self._nothing_of(member.name, member.facts.shape, dtypes)
         return state, not used
@@ -197,34 +197,34 @@ class MegatronState(LiveState):
     @property
     def _rounds(self) -> bool:
         """Whether nothing is trained, on any rank: then there are no master weights to fill."""
-        return not any(member.group_index >= 0 for member in self._layout.members)
+        return not any(member.group_index >= 0 for member in self._layout.known_tensors)
 
     def _fragment(self, param: MainParam, local: torch.Tensor) -> Fragment:
         parts = [(piece.box, piece.view(local.detach())) for piece in param.pieces]
-        return self._of_parts(param.placement, local.dtype, parts)
+        return self._of_parts(param.local, local.dtype, parts)
 
     def _of_parts(
         self,
-        placement: Placement,
+        local: LocalTensor,
         dtype: torch.dtype,
         parts: Sequence[tuple[Box, torch.Tensor]],
     ) -> Fragment:
-        shape = self._shape(placement.name, placement.shape)
-        if shape != placement.shape:
+        shape = self._shape(local.name, local.shape)
+        if shape != local.shape:
             parts = _rows_below(shape[0], parts)
-        return Fragment(shape, dtype, parts, is_replica=not placement.is_main)
+        return Fragment(shape, dtype, parts, is_replica=not local.is_main)
 
-    def _as_it_is(self, placement: Placement) -> Fragment:
+    def _as_it_is(self, local: LocalTensor) -> Fragment:
         """A tensor that no optimizer steps."""
-        tensor = placement.tensor.detach()
-        if self._dtype(placement.name, tensor.dtype) != tensor.dtype:
+        tensor = local.tensor.detach()
+        if self._dtype(local.name, tensor.dtype) != tensor.dtype:
             wide = tensor.float()
             self._wider.append((tensor, wide))
             tensor = wide
-        whole = WholeTensor(placement.name, placement.shape)
-        pieces = [Piece(whole, box, local_start) for box, local_start in placement.parts]
+        whole = WholeTensor(local.name, local.shape)
+        pieces = [Piece(whole, box, local_start) for box, local_start in local.boxes]
         parts = [(piece.box, piece.view(tensor)) for piece in pieces]
-        return self._of_parts(placement, tensor.dtype, parts)
+        return self._of_parts(local, tensor.dtype, parts)
 
     def _by_name(self) -> StateByName:
         found: StateByName = {}
@@ -250,7 +250,7 @@ class MegatronState(LiveState):
             else:
                 number = value.detach().float().cpu()
                 entries[key] = Fragment(
-                    (), number.dtype, [(whole_box(()), number)], not param.placement.is_main
+                    (), number.dtype, [(whole_box(()), number)], not param.local.is_main
                 )
         return entries
 
@@ -300,7 +300,7 @@ def _zero_rows_from(num_rows: int, param: MainParam, value: torch.Tensor) -> Non
 def _number(saved: Any) -> float:
     """What a checkpoint has of a value that a parameter has one of; 0 where it has none."""
     if isinstance(saved, Fragment):
-        return float(saved.parts[0][1]) if saved.parts else 0.0
+        return float(saved.pieces[0][1]) if saved.pieces else 0.0
     return 0.0 if saved is None else float(saved)
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import Sampler
 
 from effx_dist.config import InfoBatchConfig
 from effx_dist.data import InfoBatchSampler
-from effx_dist.data.layout import whole_number
 from effx_dist.data.peers import Peers
 from effx_dist.data.plan import EpochPlan
+from effx_dist.data.slots import whole_number
 from effx_dist.errors import ConfigError
 from effx_dist.shard import Group, TorchGroup, as_group
 
@@ -248,7 +248,7 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
                 f"{CONSUMED}={given}, but the loaded state has {told}: give the sampler that number, or 0 to go by the "
                 "state"
             )
-        inner.group.raise_if_any_failed(inner.peers.agree(error), keep_own_error=True)
+        inner.group.tell_all(inner.peers.agree(error), None)
         inner.load_state_dict(states)
         consumed = max(given, inner.position) if told is None else told
         self._num_before = consumed - inner.position

@@ -37,7 +37,7 @@ from effx_dist.checkpoint.state.matching import MODEL
 from effx_dist.checkpoint.state.training_state import run_values
 from effx_dist.checkpoint.tools.convert.megatron_llama import MEGATRON
 from effx_dist.engines.megatron.checkpoint import JobCheckpoints
-from effx_dist.engines.megatron.fragments import Placement
+from effx_dist.engines.megatron.local_tensors import LocalTensor
 from effx_dist.errors import ConfigError, EffxError
 
 BACKEND, VERSION = "effx", 1
@@ -89,14 +89,14 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
         )
 
         def prepare() -> tuple[Path, int]:
-            _refuse_strangers(sharded_state_dict, layout.placed)
+            _refuse_strangers(sharded_state_dict, layout.local_tensors)
             place = chain_of(checkpoint_dir)
             TorchCommonSaveStrategy(BACKEND, VERSION).save_sharded_objects(
                 others, str(checkpoint_dir)
             )
             return place
 
-        chain, iteration = layout.group.everywhere(prepare, keep_own_error=True)
+        chain, iteration = layout.group.everywhere(prepare)
         own = sorted(
             value.key
             for value in nested_values(sharded_state_dict)
@@ -162,9 +162,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
                 return _OBJECTS.load_sharded_objects({"it": value}, str(checkpoint_dir))["it"]
             return value.data if isinstance(value, ShardedTensor | ShardedObject) else value
 
-        return layout.group.everywhere(
-            lambda: dict_list_map_inplace(value_of, sharded_state_dict), keep_own_error=True
-        )
+        return layout.group.everywhere(lambda: dict_list_map_inplace(value_of, sharded_state_dict))
 
     def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         """What Megatron compares with the state dict for every ``strict`` but "assume_ok_unexpected". What
@@ -204,7 +202,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
     def _holds_no_more(self, chain: Path, iteration: int) -> bool:
         """Whether the checkpoint holds nothing of the model that the job has not: Megatron ignores what
         nobody asks for."""
-        own = {f"{MODEL}.{member.name}" for member in self._checkpoints.layout.members}
+        own = {f"{MODEL}.{member.name}" for member in self._checkpoints.layout.known_tensors}
 
         def look() -> bool:
             with open_checkpoint(chain, iteration) as opened:
@@ -271,9 +269,9 @@ def _of_optimizer(sharded: ShardedTensor | ShardedObject | ShardedTensorFactory)
     return _OPTIMIZER_KEY.match(sharded.key) is not None
 
 
-def _refuse_strangers(sharded_state_dict: Any, placed: Sequence[Placement]) -> None:
+def _refuse_strangers(sharded_state_dict: Any, local_tensors: Sequence[LocalTensor]) -> None:
     """What is neither the model's nor the optimizer's would be lost."""
-    ranges = [_memory(placement.tensor) for placement in placed]
+    ranges = [_memory(local.tensor) for local in local_tensors]
     for sharded in _tensors(sharded_state_dict):
         if not _of_optimizer(sharded) and sharded.data is not None:
             first, last = _memory(sharded.data)

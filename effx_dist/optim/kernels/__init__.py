@@ -1,17 +1,17 @@
 """Implementations of the cautious step: the same two walks, for different devices."""
 
-from effx_dist.optim.kernels.choice import IMPLEMENTATIONS, Implementation, walks_class
-from effx_dist.optim.kernels.eager import EagerWalks
-from effx_dist.optim.kernels.walks import NUM_COLUMNS, Column, Item, Walks, working_dtype
+from effx_dist.optim.kernels.eager import EagerKernels
+from effx_dist.optim.kernels.interface import NUM_COLUMNS, Column, Item, Kernels, working_dtype
+from effx_dist.optim.kernels.selection import IMPLEMENTATIONS, Implementation, kernels_class
 
 __all__ = [
     "IMPLEMENTATIONS",
     "NUM_COLUMNS",
     "Column",
-    "EagerWalks",
+    "EagerKernels",
     "Implementation",
     "Item",
-    "Walks",
-    "walks_class",
+    "Kernels",
+    "kernels_class",
     "working_dtype",
 ]

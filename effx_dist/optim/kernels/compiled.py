@@ -17,8 +17,8 @@ import torch
 from effx_dist.core.cautious import MIN_FRACTION
 from effx_dist.core.update_rules import AdamW, UpdateRule
 from effx_dist.native.library import BuildError, Library, Source, load
-from effx_dist.optim.kernels.eager import EagerWalks
-from effx_dist.optim.kernels.walks import Item, Walks, described, readable_grad, working_dtype
+from effx_dist.optim.kernels.eager import EagerKernels
+from effx_dist.optim.kernels.interface import Item, Kernels, described, readable_grad, working_dtype
 
 _RULES = {"adamw": 0, "lion": 1, "sgd": 2, "nesterov": 3}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -41,7 +41,7 @@ def library() -> Library | None:
         return None
 
 
-class CompiledWalks(Walks):
+class CompiledKernels(Kernels):
     """All items in one call: hundreds of small tensors cost no more than one large one."""
 
     def __init__(self, rule: UpdateRule, items: Sequence[Item], rows: torch.Tensor) -> None:
@@ -66,7 +66,7 @@ class CompiledWalks(Walks):
         self._note_writes()
 
     def step_wholes(self, counts: torch.Tensor, numels: torch.Tensor) -> None:
-        """As in Walks; whole by whole, so that the second walk finds in a cache what the first read."""
+        """As in Kernels; whole by whole, so that the second walk finds in a cache what the first read."""
         min_fraction = ctypes.c_double(MIN_FRACTION)
         self._call(self._library.effx_cautious_step, _address(counts), min_fraction)
         self._note_writes()
@@ -129,11 +129,11 @@ def _agrees_with_eager(dtype: torch.dtype) -> bool:
     spread = torch.arange(1, 4 * 71 + 1, dtype=torch.float64).mul(2**0.5).frac().sub(0.5)
     param, grad, first, second = spread.chunk(4)
     results = []
-    for form in (CompiledWalks, EagerWalks):
+    for form in (CompiledKernels, EagerKernels):
         state = (first.clone(), second.square())
         moments = tuple(moment.to(working_dtype(param.to(dtype))) for moment in state)
         item = Item(param.to(dtype), grad.to(dtype), moments, 0, 0, decays_cautiously=True)
-        walks: Walks = form(rule, [item], rows)
+        walks: Kernels = form(rule, [item], rows)
         counts = torch.zeros(1, dtype=torch.int64)
         walks.count_into(counts)
         walks.update(torch.full((1,), 1.5, dtype=torch.float64), None)

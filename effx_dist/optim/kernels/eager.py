@@ -8,10 +8,10 @@ import torch
 
 from effx_dist.core import cautious
 from effx_dist.core.update_rules import Scalar, UpdateRule
-from effx_dist.optim.kernels.walks import Column, Item, Walks, working_dtype
+from effx_dist.optim.kernels.interface import Column, Item, Kernels, working_dtype
 
 
-class EagerWalks(Walks):
+class EagerKernels(Kernels):
     """One item after the other, with temporary tensors of its size."""
 
     def __init__(self, rule: UpdateRule, items: Sequence[Item], rows: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The two walks as Triton kernels. Launched by triton_walks.py.
+"""The two walks as Triton kernels. Launched by triton_launch.py.
 
 A program takes one block of one piece. ``blocks`` says which, ``pieces`` where the tensors lie. A
 ``mask`` may be None: all elements of the block are there.
@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from effx_dist.optim.kernels.walks import NUM_COLUMNS, Column
+from effx_dist.optim.kernels.interface import NUM_COLUMNS, Column
 
 
 class PieceColumn(IntEnum):

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from effx_dist.checkpoint.state.joints import TensorFacts
-from effx_dist.checkpoint.state.live import group_options, plain_name
+from effx_dist.checkpoint.state.names import plain_name
+from effx_dist.checkpoint.state.optimizer_groups import group_options
 from effx_dist.checkpoint.tools.compress.content import (
     PlainContent,
     PlainOptimizer,

@@ -21,7 +21,6 @@ from effx_dist.checkpoint.tools.compress.content import PlainContent, ReadOption
 from effx_dist.checkpoint.tools.compress.division import Division
 from effx_dist.checkpoint.tools.compress.series import PlainCheckpoint, find_series
 from effx_dist.checkpoint.tools.compress.share import EmptyShare, Share
-from effx_dist.checkpoint.tools.sharing import from_first, on_all
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError, LayoutMismatchError
 from effx_dist.shard import Group, SoloGroup
@@ -118,7 +117,7 @@ def _plan(
             )
         return todo, newest, len(found) - len(todo)
 
-    return from_first(group, look)
+    return group.from_first(look, keep_own_error=group.size == 1)
 
 
 class _Run:
@@ -146,13 +145,15 @@ class _Run:
                 layout.check(self._before, self._options.weights_only, checkpoint.path)
             return found, layout
 
-        group = self._group
-        content, layout = on_all(group, opened)
+        group, is_alone = self._group, self._group.size == 1
+        content, layout = group.everywhere(opened, keep_own_error=is_alone)
         if self._division is None:
             self._division = Division(content, group.size)
             if parent is not None:  # its weights are what the first save here is a difference to
                 room = EmptyShare(content, self._division, group.rank)
-                on_all(group, lambda: self._checkpoints.load(room, strict=False))
+                group.everywhere(
+                    lambda: self._checkpoints.load(room, strict=False), keep_own_error=is_alone
+                )
         state = Share(content, self._division, group.rank)
         stateful = {name: _Stated(value) for name, value in content.stateful.items()}
 
@@ -161,7 +162,7 @@ class _Run:
                 checkpoint.step, state, stateful=stateful, extra=content.extra
             )
 
-        saved = on_all(group, save)
+        saved = group.everywhere(save, keep_own_error=is_alone)
         self._before = layout
         report.num_steps += 1
         report.read_bytes += checkpoint.num_bytes

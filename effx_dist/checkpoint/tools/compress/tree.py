@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from effx_dist.checkpoint.state.live import group_options, plain_name
+from effx_dist.checkpoint.state.names import plain_name
+from effx_dist.checkpoint.state.optimizer_groups import group_options
 from effx_dist.checkpoint.tools.compress.content import (
     ParamNames,
     PlainContent,

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from effx_dist.checkpoint.format.whole_tensors import piece_boxes
 from effx_dist.checkpoint.tools.convert.content import Content
-from effx_dist.checkpoint.tools.sharing import dealt_out, on_all, on_first
+from effx_dist.checkpoint.tools.sharing import dealt_out
 from effx_dist.shard import Box, Group
 
 
@@ -49,17 +49,16 @@ def write_dcp(content: Content, folder: Path, weights_only: bool, group: Group) 
         plans = [SavePlan(items) for items in planner.dealt_out(whole.items, group.size)]
         return writer.prepare_global_plan(plans), metadata
 
-    planned = on_first(group, plan)
-    plans = group.broadcast_object(None if planned is None else planned[0])
-    assert plans is not None, "the first rank has planned"
+    is_alone = group.size == 1  # then what fails is raised as it is
+    plans, metadata = group.from_first(plan, keep_own_error=is_alone)
     mine = plans[group.rank]
 
     def write() -> list[WriteResult]:
         content.total_bytes = sum(map(planner.num_bytes, mine.items))
         return writer.write_data(mine, planner).value() if mine.items else []
 
-    results = group.all_gather_object(on_all(group, write))
-    on_first(group, lambda: writer.finish(planned[1], results) if planned else None)
+    results = group.gather_to_first(write, keep_own_error=is_alone)
+    group.from_first(lambda: writer.finish(metadata, results or []), keep_own_error=is_alone)
 
 
 def _whole(content: Content, weights_only: bool) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from effx_dist.checkpoint.tools.convert.dcp import write_dcp
 from effx_dist.checkpoint.tools.convert.hugging_face import write_hugging_face
 from effx_dist.checkpoint.tools.convert.torch_file import write_torch_file
 from effx_dist.checkpoint.tools.convert.universal import write_universal
-from effx_dist.checkpoint.tools.sharing import from_first, on_all, on_first
 from effx_dist.errors import ConfigError, RankFailedError
 from effx_dist.shard import Group, SoloGroup
 
@@ -76,16 +75,19 @@ def convert_checkpoint(
     """
     group = group or SoloGroup()
     options = options or ConvertOptions()
+    is_alone = group.size == 1  # then what fails is raised as it is
     with contextlib.ExitStack() as opened:
         # the first rank's choice: a save may be committed while others are still looking
-        place = from_first(group, lambda: checkpoint_folder(source, step))
+        place = group.from_first(lambda: checkpoint_folder(source, step), keep_own_error=is_alone)
 
         def open_content() -> Content:
             return Content(opened.enter_context(open_checkpoint(place)), on_progress)
 
-        content = on_all(group, open_content)
+        content = group.everywhere(open_content, keep_own_error=is_alone)
         with _appearing(Path(output), target == "torch", group) as staged:
-            on_all(group, lambda: _write(content, target, staged, options, group))
+            group.everywhere(
+                lambda: _write(content, target, staged, options, group), keep_own_error=is_alone
+            )
         return content.manifest.step
 
 
@@ -108,12 +110,13 @@ def _write(
 def _appearing(output: Path, is_file: bool, group: Group) -> Iterator[Path]:
     """A path to write to that becomes ``output`` in the end, and is removed if anything fails. The
     first rank makes and removes it. Four gathers."""
-    staged = from_first(group, lambda: _make_staged(output, is_file))
+    is_alone = group.size == 1
+    staged = group.from_first(lambda: _make_staged(output, is_file), keep_own_error=is_alone)
     try:
         if not is_file:
-            on_all(group, lambda: _require_visible(staged))
+            group.everywhere(lambda: _require_visible(staged), keep_own_error=is_alone)
         yield staged
-        on_first(group, lambda: _publish(staged, output))
+        group.from_first(lambda: _publish(staged, output), keep_own_error=is_alone)
     except BaseException as error:
         if group.rank == 0:
             if staged.is_dir():

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 import torch
 
 from effx_dist.core.update_rules import UpdateRule
-from effx_dist.optim.kernels import EagerWalks, Implementation, Item, Walks, walks_class
-from effx_dist.optim.layout import Layout
-from effx_dist.optim.rows import Rows
+from effx_dist.optim.coefficients import Coefficients
+from effx_dist.optim.kernels import EagerKernels, Implementation, Item, Kernels, kernels_class
+from effx_dist.optim.param_layout import ParamLayout
 from effx_dist.optim.state import start_state
 from effx_dist.shard import local_of
 
-Group = dict[str, Any]
+ParamGroup = dict[str, Any]
 RuleOf = Callable[[Mapping[str, Any]], UpdateRule]
-_PlacedWalks = list[tuple[torch.device, Walks]]
+_PlacedKernels = list[tuple[torch.device, Kernels]]
 _Kind = tuple[int, torch.device, str, bool, bool]
 """Bucket, device, rule, whether they lie flat and are wholes: of items that are walked over together."""
 
 
-class Member(NamedTuple):
+class GradParam(NamedTuple):
     """A parameter with a gradient."""
 
     param: torch.Tensor
@@ -37,14 +37,14 @@ class StepPlan:
     """The walks of one step, and the counters of steps that it advances.
 
     Attributes:
-        walks: by bucket, those whose counts are to be summed between the two walks.
-        whole_walks: those over parameters that are whole here.
+        kernels: by bucket, those of items whose counts are to be summed between the two walks.
+        whole_kernels: those of parameters that are whole here.
         host_steps: counters on the host, device_steps: those of capturable groups.
         idle: indices of the wholes that have no gradient on this rank.
     """
 
-    walks: list[_PlacedWalks]
-    whole_walks: _PlacedWalks = field(default_factory=list)
+    kernels: list[_PlacedKernels]
+    whole_kernels: _PlacedKernels = field(default_factory=list)
     host_steps: list[torch.Tensor] = field(default_factory=list)
     device_steps: list[torch.Tensor] = field(default_factory=list)
     idle: frozenset[int] = frozenset()
@@ -62,36 +62,36 @@ class StepPlan:
             torch._foreach_add_(self.host_steps, 1.0)
 
 
-def members_by_group(
-    layout: Layout, groups: Sequence[Group]
-) -> tuple[list[tuple[Group, list[Member]]], frozenset[int]]:
+def params_by_group(
+    layout: ParamLayout, groups: Sequence[ParamGroup]
+) -> tuple[list[tuple[ParamGroup, list[GradParam]]], frozenset[int]]:
     """Parameters that have a gradient by group, and the wholes (by index) that have none here.
 
     All gradients are checked before the caller changes anything.
     """
-    found: list[tuple[Group, list[Member]]] = []
+    found: list[tuple[ParamGroup, list[GradParam]]] = []
     idle: set[int] = set()
     index = 0
     seen: set[int] = set()
     for group in groups:
-        members: list[Member] = []
+        params: list[GradParam] = []
         for param in group["params"]:
             if id(param) in seen:  # tied: one parameter, listed twice
                 continue
             seen.add(id(param))
             grad = layout.local_grad(index)
             if grad is None:
-                idle.update(segment.whole_index for segment in layout.segments[index])
+                idle.update(piece.whole_index for piece in layout.flat_pieces[index])
             else:
-                members.append(Member(param, index, grad))
+                params.append(GradParam(param, index, grad))
             index += 1
-        found.append((group, members))
+        found.append((group, params))
     return found, frozenset(idle)
 
 
 def plan_step(
-    layout: Layout,
-    groups: Sequence[Group],
+    layout: ParamLayout,
+    groups: Sequence[ParamGroup],
     states: Mapping[torch.Tensor, dict[str, Any]],
     rule_of: RuleOf,
     implementation: Implementation,
@@ -101,35 +101,39 @@ def plan_step(
     """Check gradients, make states, compute coefficients, sort items. No communication is
     performed.
 
-    Where the step ``may_skip``, there are no ``whole_walks``, since these count and write at once.
+    Where the step ``may_skip``, there are no ``whole_kernels``, since these count and write at once.
     """
-    by_group, idle = members_by_group(layout, groups)
-    plan = StepPlan(walks=[[] for _ in layout.buckets], idle=idle)
-    rows = Rows()
+    by_group, idle = params_by_group(layout, groups)
+    plan = StepPlan(kernels=[[] for _ in layout.buckets], idle=idle)
+    rows = Coefficients()
     batches: dict[_Kind, tuple[UpdateRule, list[Item]]] = {}
-    for group, members in by_group:
-        if not members:
+    for group, params in by_group:
+        if not params:
             continue
         rule = rule_of(group)
-        of_group = [states[member.param] for member in members]
+        of_group = [states[one.param] for one in params]
         keys = (*rule.moment_names, "step") if rule.counts_steps else rule.moment_names
-        for member, state in zip(members, of_group, strict=True):
+        for one, state in zip(params, of_group, strict=True):
             if any(state.get(key) is None for key in keys):
-                start_state(state, rule, member.param, group["capturable"])
+                start_state(state, rule, one.param, group["capturable"])
         row_of = _add_rows(plan, rows, rule, group, of_group)
-        _add_items(batches, layout, rule, group, members, of_group, row_of)
+        _add_items(batches, layout, rule, group, params, of_group, row_of)
     on_device: dict[torch.device, torch.Tensor] = {}
     for (bucket, device, _, lies_flat, is_whole), (rule, items) in batches.items():
         if device not in on_device:
             on_device[device] = rows.on(device, grad_factor)
-        chosen = walks_class(implementation, device) if lies_flat else EagerWalks
-        target = plan.whole_walks if is_whole and not may_skip else plan.walks[bucket]
+        chosen = kernels_class(implementation, device) if lies_flat else EagerKernels
+        target = plan.whole_kernels if is_whole and not may_skip else plan.kernels[bucket]
         target.append((device, chosen(rule, items, on_device[device])))
     return plan
 
 
 def _add_rows(
-    plan: StepPlan, rows: Rows, rule: UpdateRule, group: Group, states: Sequence[dict[str, Any]]
+    plan: StepPlan,
+    rows: Coefficients,
+    rule: UpdateRule,
+    group: ParamGroup,
+    states: Sequence[dict[str, Any]],
 ) -> list[int]:
     """The row of each state's parameter; its counter is noted for the end of the step."""
     settings = _settings(group)
@@ -143,7 +147,7 @@ def _add_rows(
     return rows.add(rule, settings, [float(counter) + 1 for counter in counters])
 
 
-def _settings(group: Group) -> Group:
+def _settings(group: ParamGroup) -> ParamGroup:
     """A group's settings as numbers, but for a learning rate that lies on a device."""
     names = ("weight_decay", "eps", "momentum")
     settings = {**group, **{name: float(group[name]) for name in names if name in group}}
@@ -154,33 +158,32 @@ def _settings(group: Group) -> Group:
 
 def _add_items(
     batches: dict[_Kind, tuple[UpdateRule, list[Item]]],
-    layout: Layout,
+    layout: ParamLayout,
     rule: UpdateRule,
-    group: Group,
-    members: Sequence[Member],
+    group: ParamGroup,
+    params: Sequence[GradParam],
     states: Sequence[Mapping[str, Any]],
     row_of: Sequence[int],
 ) -> None:
-    """Sort the segments of a group's parameters that have elements into ``batches``.
+    """Sort the pieces of a group's parameters that have elements into ``batches``.
 
     They are cut anew in every step: tensors that stay referred to from here could not be freed by
     those who move an optimiser's state to the host in between.
     """
     decays_cautiously = bool(group["cautious_weight_decay"])
-    names, targets = rule.moment_names, layout.targets
-    for (member_param, place, grad), state, row in zip(members, states, row_of, strict=True):
-        param = local_of(member_param)
+    names, counted_pieces = rule.moment_names, layout.counted_pieces
+    for (whole_param, place, grad), state, row in zip(params, states, row_of, strict=True):
+        param = local_of(whole_param)
         if not param.numel():
             continue
         moments = tuple([local_of(state[name]) for name in names])
         device = param.device
-        for segment, slot, bucket, is_whole in targets[place]:
-            if segment.start is None:
+        for piece, slot, bucket, is_whole in counted_pieces[place]:
+            if piece.start is None:
                 item = Item(param, grad, moments, row, slot, decays_cautiously)
             else:
-                cut = tuple([segment.of(moment) for moment in moments])
-                part, grad_part = segment.of(param), segment.of(grad)
-                item = Item(part, grad_part, cut, row, slot, decays_cautiously)
+                cut = tuple([piece.of(moment) for moment in moments])
+                item = Item(piece.of(param), piece.of(grad), cut, row, slot, decays_cautiously)
             kind = (bucket, device, rule.name, item.lies_flat, is_whole)
             known = batches.get(kind)
             if known is None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from pathlib import Path
 from typing import Any, Protocol
+
+from effx_dist.checkpoint.storage.places import folder_key
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,6 @@ class OpenCheckpointer(Protocol):
 
 _open: dict[OpenCheckpointer, int] = {}
 """By the process that made it: what forks from that has its saves in sight, which never end there."""
-
-
-def folder_key(folder: str | os.PathLike[str]) -> str:
-    """The same text for the same folder: a URL as it is, a local path made absolute."""
-    text = os.fspath(folder)
-    return text if "://" in text else str(Path(text).absolute())
 
 
 def opened(checkpointer: OpenCheckpointer) -> None:

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from effx_dist.checkpoint.state.joints import TensorFacts
-from effx_dist.engines.megatron.fragments import (
+from effx_dist.engines.megatron.local_tensors import (
+    LocalTensor,
     MainParam,
-    Placement,
-    check_placed,
+    check_local,
+    find_local_tensors,
     inner_optimizers,
     main_params,
-    placements,
 )
 from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard import Group, as_group
 
 
-class Member(NamedTuple):
+class KnownTensor(NamedTuple):
     """A tensor of the model as its first holder tells of it."""
 
     name: str
@@ -34,24 +34,24 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class JobLayout:
     """What :func:`survey` has found.
 
     Attributes:
         model_chunks: as given.
         optimizers: the Megatron optimizers that step something on this rank.
         params: their parameters, optimizer by optimizer.
-        placed: all of the model's state on this rank.
+        local_tensors: all of the model's state on this rank.
         group: all ranks.
-        members: the state of them all, each tensor once, in an order that they share.
+        known_tensors: the state of them all, each tensor once, in an order that they share.
     """
 
     model_chunks: Sequence[Any]
     optimizers: Sequence[Any]
     params: Sequence[Sequence[MainParam]]
-    placed: Sequence[Placement]
+    local_tensors: Sequence[LocalTensor]
     group: Group
-    members: Sequence[Member] = ()
+    known_tensors: Sequence[KnownTensor] = ()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ class Layout:
     def by_param(self) -> dict[int, tuple[Any, MainParam]]:
         """Optimizer and main parameter by the id of the model's own."""
         return {
-            id(param.placement.tensor): (optimizer, param)
+            id(param.local.tensor): (optimizer, param)
             for optimizer, params in zip(self.optimizers, self.params, strict=True)
             for param in params
         }
@@ -82,42 +82,42 @@ class Layout:
     @cached_property
     def padded(self) -> set[str]:
         """Names of tensors whose number of rows depends on the layout."""
-        return {member.name for member in self.members if member.is_padded}
+        return {tensor.name for tensor in self.known_tensors if tensor.is_padded}
 
     @cached_property
     def group_parameters(self) -> list[list[str]]:
         """Names of each parameter group's parameters, of all ranks."""
         found: list[list[str]] = [[] for _ in self.param_groups]
-        for member in self.members:
-            if member.group_index >= 0:
-                found[member.group_index].append(member.name)
+        for tensor in self.known_tensors:
+            if tensor.group_index >= 0:
+                found[tensor.group_index].append(tensor.name)
         return found
 
 
-def survey(optimizer: Any, model_chunks: Sequence[Any]) -> Layout:
+def survey(optimizer: Any, model_chunks: Sequence[Any]) -> JobLayout:
     """Find out who holds what. ``optimizer`` may be None: nothing is trained. Collective over all ranks.
 
-    Raises LayoutMismatchError, on all ranks, for a model whose parts cannot be told, and where the parts
-    on all ranks do not make up the whole.
+    Raises LayoutMismatchError, on all ranks, for a model of which cannot be told what lies where, and where
+    all ranks together do not make up the whole.
     """
     group = as_group(None)
     optimizers = [] if optimizer is None else inner_optimizers(optimizer)
-    placed = group.everywhere(lambda: placements(model_chunks), keep_own_error=True)
-    group.everywhere(lambda: check_placed(optimizers, placed), keep_own_error=True)
-    params = [main_params(found, placed) for found in optimizers]
-    layout = Layout(model_chunks, optimizers, params, placed, group)
-    told = [member for row in group.all_gather_object(_own_members(layout)) for member in row]
-    members = sorted(set(told), key=str)
-    names = [member.name for member in members]
-    for first, second in pairwise(members):
+    local_tensors = group.everywhere(lambda: find_local_tensors(model_chunks))
+    group.everywhere(lambda: check_local(optimizers, local_tensors))
+    params = [main_params(found, local_tensors) for found in optimizers]
+    layout = JobLayout(model_chunks, optimizers, params, local_tensors, group)
+    told = group.all_gather_object(_told_here(layout))
+    known_tensors = sorted({tensor for row in told for tensor in row}, key=str)
+    names = [tensor.name for tensor in known_tensors]
+    for first, second in pairwise(known_tensors):
         if first.name == second.name:
             raise LayoutMismatchError(
                 f"{first.name}: is {first.facts} in group {first.group_index} on one rank and {second.facts} in "
                 f"group {second.group_index} on another; one name must mean one tensor"
             )
-    lost = sorted({placement.name for placement in placed} - set(names))
+    lost = sorted({local.name for local in local_tensors} - set(names))
     group.everywhere(lambda: _refuse_lost(lost))
-    return replace(layout, members=members)
+    return replace(layout, known_tensors=known_tensors)
 
 
 def _refuse_lost(lost: Sequence[str]) -> None:
@@ -128,23 +128,23 @@ def _refuse_lost(lost: Sequence[str]) -> None:
         )
 
 
-def _own_members(layout: Layout) -> list[Member]:
+def _told_here(layout: JobLayout) -> list[KnownTensor]:
     """Those that this rank is the one to tell of."""
     found = []
     sizes = [len(optimizer.optimizer.param_groups) for optimizer in layout.optimizers]
     offset_of = dict(zip(map(id, layout.optimizers), accumulate(sizes, initial=0), strict=False))
-    for placement in layout.placed:
-        known = layout.by_param.get(id(placement.tensor))
+    for local in layout.local_tensors:
+        known = layout.by_param.get(id(local.tensor))
         if known is None:
-            if placement.is_main and placement.is_first:
-                facts = TensorFacts(placement.tensor.dtype, placement.shape)
-                found.append(Member(placement.name, facts, -1, placement.is_padded))
+            if local.is_main and local.is_first:
+                facts = TensorFacts(local.tensor.dtype, local.shape)
+                found.append(KnownTensor(local.name, facts, -1, local.is_padded))
             continue
         optimizer, param = known
-        if param.main is not None and placement.is_main and _begins_whole(param):
-            facts = TensorFacts(param.main.dtype, placement.shape)
+        if param.main is not None and local.is_main and _begins_whole(param):
+            facts = TensorFacts(param.main.dtype, local.shape)
             group_index = offset_of[id(optimizer)] + param.group_index
-            found.append(Member(placement.name, facts, group_index, placement.is_padded))
+            found.append(KnownTensor(local.name, facts, group_index, local.is_padded))
     return found
 
 

@@ -24,12 +24,12 @@ from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard import (
     Box,
     Group,
-    Part,
     Piece,
+    PlacedBox,
     ShardMap,
     TorchGroup,
     WholeTensor,
-    pieces_of_parts,
+    pieces_of_boxes,
     whole_box,
 )
 from effx_dist.shard.mesh import group_of_ranks
@@ -39,14 +39,14 @@ _METADATA = {"non_homogeneous_layers": True}
 
 
 @dataclass(frozen=True)
-class Placement:
+class LocalTensor:
     """A tensor of the model's state on this rank.
 
     Attributes:
         name: as in Megatron's checkpoints, with the layer's number in the whole model.
         shape: of the whole tensor.
         tensor: the local one: a parameter or a buffer.
-        parts: all of it, by boxes of the whole.
+        boxes: all of it, by boxes of the whole.
         is_main: whether this rank is the first of those that hold it for other reasons than data
             parallelism: duplicates over tensor-parallel ranks, tied embeddings of the last stage.
         is_first: whether it is the first of the data-parallel ranks that hold it.
@@ -56,7 +56,7 @@ class Placement:
     name: str
     shape: tuple[int, ...]
     tensor: torch.Tensor
-    parts: tuple[Part, ...]
+    boxes: tuple[PlacedBox, ...]
     is_main: bool
     is_first: bool
     is_padded: bool
@@ -72,7 +72,7 @@ class MainParam:
     """What an optimizer holds of one parameter.
 
     Attributes:
-        placement: the parameter.
+        local: the parameter.
         whole: the parameter as all ranks know it, spread over its data- and tensor-parallel ranks.
         main: what the inner optimizer steps, and the key of its state: float32; None where this rank has
             no part in it.
@@ -80,19 +80,21 @@ class MainParam:
         pieces: what of the whole lies in ``main``.
     """
 
-    placement: Placement
+    local: LocalTensor
     whole: WholeTensor
     main: torch.Tensor | None
     group_index: int
     pieces: tuple[Piece, ...]
 
 
-def placements(model_chunks: Sequence[Any]) -> list[Placement]:
+def find_local_tensors(model_chunks: Sequence[Any]) -> list[LocalTensor]:
     """Parameters and buffers of the model chunks on this rank. No communication is performed.
 
     Raises LayoutMismatchError for a tensor whose parts are not contiguous here.
     """
-    return [placed for chunk in model_chunks for placed in _of_module(unwrapped(chunk))]
+    return [
+        local_tensors for chunk in model_chunks for local_tensors in _of_module(unwrapped(chunk))
+    ]
 
 
 def unwrapped(model_chunk: Any) -> Any:
@@ -110,10 +112,10 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
     return [found for found in chained if not getattr(found, "is_stub_optimizer", False)]
 
 
-def check_placed(optimizers: Sequence[Any], placed: Sequence[Placement]) -> None:
+def check_local(optimizers: Sequence[Any], local_tensors: Sequence[LocalTensor]) -> None:
     """Raises LayoutMismatchError for a parameter of the optimizers that the model chunks have not. No
     communication is performed."""
-    known = {id(placement.tensor) for placement in placed}
+    known = {id(local.tensor) for local in local_tensors}
     for param, *_ in (owned for optimizer in optimizers for owned in _owned(optimizer)):
         if id(param) not in known:
             raise LayoutMismatchError(
@@ -122,22 +124,22 @@ def check_placed(optimizers: Sequence[Any], placed: Sequence[Placement]) -> None
             )
 
 
-def main_params(optimizer: Any, placed: Sequence[Placement]) -> list[MainParam]:
+def main_params(optimizer: Any, local_tensors: Sequence[LocalTensor]) -> list[MainParam]:
     """Every parameter of one Megatron optimizer, in an order that its data-parallel ranks share, also
     those that this rank holds nothing of.
 
     Collective over the parameters' data- and tensor-parallel ranks, once for each kind of parameter.
-    :func:`check_placed` comes first.
+    :func:`check_local` comes first.
     """
-    by_id = {id(placement.tensor): placement for placement in placed}
+    by_id = {id(local.tensor): local for local in local_tensors}
     spread = _Spread(optimizer)
     found = []
     for param, main, group_index, (start, stop) in _owned(optimizer):
-        placement = by_id[id(param)]
-        groups = spread.groups_of(param, placement.is_cut)
-        whole = WholeTensor(placement.name, placement.shape, groups)
-        pieces = pieces_of_parts(whole, placement.parts, start, stop) if main is not None else ()
-        found.append(MainParam(placement, whole, main, group_index, pieces))
+        local = by_id[id(param)]
+        groups = spread.groups_of(param, local.is_cut)
+        whole = WholeTensor(local.name, local.shape, groups)
+        pieces = pieces_of_boxes(whole, local.boxes, start, stop) if main is not None else ()
+        found.append(MainParam(local, whole, main, group_index, pieces))
     return found
 
 
@@ -158,13 +160,13 @@ def shard_map_source(params: Sequence[MainParam]) -> Callable[[Sequence[torch.Te
     return draw
 
 
-def _of_module(module: Any) -> Iterator[Placement]:
+def _of_module(module: Any) -> Iterator[LocalTensor]:
     for local_name, entry in module.sharded_state_dict(metadata=dict(_METADATA)).items():
         if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-            yield _placement(local_name, entry)
+            yield _local_tensor(local_name, entry)
 
 
-def _placement(local_name: str, entry: Any) -> Placement:
+def _local_tensor(local_name: str, entry: Any) -> LocalTensor:
     """From one entry of a sharded state dict. A factory's parts are found by letting it cut a tensor
     without memory."""
     tensor = entry.data
@@ -173,14 +175,14 @@ def _placement(local_name: str, entry: Any) -> Placement:
     shards = [cut] if isinstance(cut, ShardedTensor) else list(_leaves(cut.build()))
     names = {_name(local_name, shard) for shard in shards}
     shapes = {tuple(shard.global_shape[shard.prepend_axis_num :]) for shard in shards}
-    parts = tuple(
-        Part(
+    boxes = tuple(
+        (
             Box(tuple(shard.global_offset[shard.prepend_axis_num :]), tuple(shard.local_shape)),
             shard.data.storage_offset(),
         )
         for shard in shards
     )
-    is_whole = sum(part.box.numel for part in parts) == tensor.numel()
+    is_whole = sum(box.numel for box, _ in boxes) == tensor.numel()
     if len(names) != 1 or len(shapes) != 1 or not is_whole or not _all_contiguous(shards, tensor):
         raise LayoutMismatchError(
             f"{local_name}: Megatron's sharded_state_dict cuts it into {len(shards)} parts of "
@@ -188,11 +190,11 @@ def _placement(local_name: str, entry: Any) -> Placement:
         )
     replica = shards[0].replica_id
     *others, data_rank = (replica,) if isinstance(replica, int) else replica
-    return Placement(
+    return LocalTensor(
         names.pop(),
         shapes.pop(),
         tensor,
-        parts,
+        boxes,
         is_main=not any(others),
         is_first=data_rank == 0,
         is_padded=any(shard.allow_shape_mismatch for shard in shards),

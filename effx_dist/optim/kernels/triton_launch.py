@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from effx_dist.core.update_rules import UpdateRule
+from effx_dist.optim.kernels.device import is_capturing, to_device
+from effx_dist.optim.kernels.interface import Item, Kernels, described, readable_grad
 from effx_dist.optim.kernels.triton_kernels import PieceColumn, count_kernel, update_kernel
-from effx_dist.optim.kernels.walks import Item, Walks, described, readable_grad
-from effx_dist.optim.rows import is_capturing, to_device
 
 BLOCK = 4096
 """Elements of one program. With longer blocks fewer programs wait for the tables and add to one
@@ -55,7 +55,7 @@ class _Launch:
     aligned: bool
 
 
-class TritonWalks(Walks):
+class TritonKernels(Kernels):
     """All items of equal dtypes and alignment in one launch per walk. No walk waits for the device.
 
     A step may be captured in a CUDA graph, which then holds the items' addresses.

@@ -1,20 +1,20 @@
-"""What cautious optimisers keep of their layouts, and how they sum counts over the ranks."""
+"""What a cautious optimizer keeps of the layouts that it has drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from effx_dist.errors import ConfigError, LayoutMismatchError
-from effx_dist.optim.layout import DTYPES, Layout, ShardMapSource, draw_layout
-from effx_dist.shard import ShardMap, start_sum
+from effx_dist.errors import LayoutMismatchError
+from effx_dist.optim.param_layout import ParamLayout, ShardMapSource, draw_layout
+from effx_dist.shard import ShardMap
 
 
-class Layouts:
+class DrawnLayouts:
     """The layouts of one optimiser, one for each list of parameters that it was stepped with.
 
     A copy, by pickle or deepcopy, starts without any. It refuses to draw one if the original had a
@@ -23,7 +23,7 @@ class Layouts:
 
     def __init__(self, source: ShardMapSource | None) -> None:
         self._source = source
-        self._drawn: dict[tuple[int, ...], Layout] = {}
+        self._drawn: dict[tuple[int, ...], ParamLayout] = {}
         self._given: dict[int, ReferenceType[torch.Tensor]] | None = None
 
     def note_given(self, params: Iterable[torch.Tensor]) -> None:
@@ -47,7 +47,7 @@ class Layouts:
         """Called where parameters were added."""
         self._drawn = {}
 
-    def current(self, groups: Sequence[dict[str, Any]]) -> Layout:
+    def current(self, groups: Sequence[dict[str, Any]]) -> ParamLayout:
         """The layout of the parameters in ``groups``, as draw_layout draws it, kept. No
         communication is performed.
         """
@@ -60,7 +60,7 @@ class Layouts:
         return self._drawn[key]
 
     def alignment(self) -> dict[str | int, float]:
-        """As Layout.alignment, of all of them."""
+        """As ParamLayout.alignment, of all of them."""
         found: dict[str | int, float] = {}
         for layout in self._drawn.values():
             found |= layout.alignment()
@@ -71,47 +71,6 @@ class Layouts:
 
     def __setstate__(self, state: Mapping[str, bool]) -> None:
         self.__init__(_lost_shard_map if state["has_source"] else None)  # type: ignore[misc]
-
-
-def count_wholes(
-    layout: Layout,
-    count_into: Callable[[int, torch.Tensor], None],
-    idle: Collection[int] = (),
-    with_flags: bool = False,
-) -> torch.Tensor:
-    """Agreeing elements of the whole parameters by slot: int64 [num slots], on the layout's device.
-
-    ``count_into(bucket, counts)`` adds this rank's, bucket after bucket; each bucket's all-reduce is
-    under way while the next is counted. One all-reduce per bucket that is spread over ranks.
-
-    Args:
-        idle: indices of the wholes that have no gradient on this rank. Their number of ranks travels in
-            the upper bits of the counts: LayoutMismatchError on all ranks where it is neither none nor
-            all of those that hold a DTensor.
-        with_flags: sum the slots behind the buckets too, which ``count_into`` has set.
-    """
-    counts = torch.zeros(layout.num_slots, dtype=torch.int64, device=layout.device)
-    layout.missing.mark(counts, idle)
-    waits = []
-    for index, bucket in enumerate(layout.buckets):
-        count_into(index, counts)
-        stop = bucket.stop + 1 if with_flags else bucket.stop
-        waits.append(start_sum(bucket.groups, counts[bucket.start : stop]))
-    for wait in waits:
-        wait()
-    layout.missing.settle(counts)
-    return counts
-
-
-def check_dtypes(group: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a parameter of ``group`` that no cautious step can be taken on."""
-    for index, param in enumerate(group["params"]):
-        if param.dtype not in DTYPES:
-            name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
-            raise ConfigError(
-                f"{name}: dtype {param.dtype} must be one of {', '.join(map(str, DTYPES))}; "
-                "view a complex parameter as real, leave an integer one out"
-            )
 
 
 def _refuse_strangers(

@@ -29,7 +29,7 @@ class Column(IntEnum):
 
 @dataclass(slots=True)  # not frozen: that makes making one four times slower
 class Item:
-    """One segment of one local parameter in one step, sharing memory with the optimiser.
+    """One piece of one local parameter in one step, sharing memory with the optimiser.
 
     Attributes:
         param: of any strides; float16, bfloat16, float32 or float64.
@@ -59,7 +59,7 @@ class Item:
         return same and _is_dense(self.param)
 
 
-class Walks(ABC):
+class Kernels(ABC):
     """The two walks over items of one device and one rule, in one step.
 
     Args:

@@ -10,14 +10,14 @@ import torch
 
 from effx_dist.errors import ConfigError
 from effx_dist.optim.kernels import compiled
-from effx_dist.optim.kernels.eager import EagerWalks
-from effx_dist.optim.kernels.walks import Walks
+from effx_dist.optim.kernels.eager import EagerKernels
+from effx_dist.optim.kernels.interface import Kernels
 
 Implementation = Literal["auto", "triton", "compiled", "eager"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 
-def walks_class(implementation: Implementation, device: torch.device) -> type[Walks]:
+def kernels_class(implementation: Implementation, device: torch.device) -> type[Kernels]:
     """The walks for tensors on ``device``.
 
     "auto" is "triton" on CUDA and ROCm devices, "compiled" on the CPU and "eager" elsewhere. Where
@@ -27,29 +27,29 @@ def walks_class(implementation: Implementation, device: torch.device) -> type[Wa
         ConfigError: the implementation is not for this kind of device.
     """
     if implementation == "eager":
-        return EagerWalks
+        return EagerKernels
     kind: str = implementation
     if kind == "auto":
         kind = {"cuda": "triton", "cpu": "compiled"}.get(device.type, "eager")
     if kind == "compiled":
         if device.type != "cpu":
             raise _misplaced(implementation, device, "the CPU")
-        return compiled.CompiledWalks if compiled.is_available() else EagerWalks
+        return compiled.CompiledKernels if compiled.is_available() else EagerKernels
     if kind == "triton":
-        return _triton_walks(implementation, device)
-    return EagerWalks
+        return _triton_kernels(implementation, device)
+    return EagerKernels
 
 
-def _triton_walks(implementation: Implementation, device: torch.device) -> type[Walks]:
+def _triton_kernels(implementation: Implementation, device: torch.device) -> type[Kernels]:
     if not _has_triton():
-        return EagerWalks
-    from effx_dist.optim.kernels import triton_walks
+        return EagerKernels
+    from effx_dist.optim.kernels import triton_launch as triton_launch
 
-    if not triton_walks.runs_on(device):  # on a GPU: kernels run in Triton's interpreter
+    if not triton_launch.runs_on(device):  # on a GPU: kernels run in Triton's interpreter
         if implementation == "auto":
-            return EagerWalks
+            return EagerKernels
         raise _misplaced(implementation, device, "CUDA and ROCm devices")
-    return triton_walks.TritonWalks
+    return triton_launch.TritonKernels
 
 
 @functools.cache

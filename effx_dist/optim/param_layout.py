@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,13 +14,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from effx_dist.core.cautious import fraction_from_count
-from effx_dist.errors import LayoutMismatchError
-from effx_dist.optim.missing import MissingGradients
+from effx_dist.errors import ConfigError, LayoutMismatchError
 from effx_dist.shard import Group, Piece, ShardMap, local_of
 
 ShardMapSource = ShardMap | Callable[[Sequence[torch.Tensor]], ShardMap]
 """A shard map of the parameters, or what draws one from them whenever their list changes."""
-
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """dtypes of parameters and gradients."""
@@ -38,27 +37,27 @@ _HIDDEN_CUTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Elements ``[start, start + length)`` of a flat local tensor; all if ``start`` is None."""
+class FlatPiece:
+    """A piece of a whole as elements ``[start, start + length)`` of a flat local tensor; all if ``start`` is None."""
 
     whole_index: int
     start: int | None = None
     length: int = 0
 
     def of(self, local: torch.Tensor) -> torch.Tensor:
-        """This segment of ``local``, sharing its memory."""
+        """This piece of ``local``, sharing its memory."""
         if self.start is None:
             return local
         return local.view(-1).narrow(0, self.start, self.length)
 
 
-class Target(NamedTuple):
-    """Where a segment belongs.
+class CountedPiece(NamedTuple):
+    """A piece and where its count goes.
 
     ``is_whole``: it is all of its whole, which is spread over no ranks.
     """
 
-    segment: Segment
+    piece: FlatPiece
     slot: int
     bucket: int
     is_whole: bool
@@ -75,9 +74,14 @@ class Bucket:
     start: int
     stop: int
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that each of its wholes is spread over."""
+        return math.prod(group.size for group in self.groups)
 
-class Layout:
-    """The segments of a fixed list of parameters, and what the last step counted in them.
+
+class ParamLayout:
+    """The pieces of a fixed list of parameters, and what the last step counted in them.
 
     Counts lie in slots, bucket by bucket, so that each bucket's are summed where they lie.
 
@@ -85,13 +89,14 @@ class Layout:
         params: the parameters, in the order of the groups, each once.
         shard_map: the wholes behind them; one local tensor per parameter.
         labels: what a caller calls each whole: its name, or the index of its unnamed parameter.
-        segments: for each parameter, its segments. Elements in none of them are padding.
+        flat_pieces: for each parameter, its pieces. Elements in none of them are padding.
         of_tensors: whether each parameter is a whole tensor or a DTensor, so that every rank of its groups
-            holds it, be it an empty part.
+            holds it, be it an empty one.
         buckets: the wholes by the groups they are spread over, in an order that all ranks share.
         slots: the slot of each whole.
         last_counts: int64 [num slots], agreeing elements of each whole at the last step.
         idle: indices of the wholes that had no gradient on this rank at the last step.
+        late_marks: what an accelerator has yet to tell of missing gradients; see whole_counts.py.
     """
 
     def __init__(
@@ -99,18 +104,18 @@ class Layout:
         params: Sequence[torch.Tensor],
         shard_map: ShardMap,
         labels: Sequence[str | int],
-        segments: Sequence[tuple[Segment, ...]],
+        flat_pieces: Sequence[tuple[FlatPiece, ...]],
         of_tensors: bool = False,
     ) -> None:
         self.of_tensors = of_tensors
         self.params = tuple(params)
         self.shard_map = shard_map
         self.labels = tuple(labels)
-        self.segments = tuple(segments)
+        self.flat_pieces = tuple(flat_pieces)
         self.last_counts: torch.Tensor | None = None
         self.idle: frozenset[int] = frozenset()
         self.slots, self.buckets = _slots(shard_map)
-        self.missing = MissingGradients(self)
+        self.late_marks: deque[tuple[torch.Tensor, Any]] = deque()
         self._numels: dict[torch.device, torch.Tensor] = {}
 
     @property
@@ -129,20 +134,24 @@ class Layout:
         starts = [bucket.start for bucket in self.buckets]
         return [bisect_right(starts, slot) - 1 for slot in self.slots]
 
+    def num_ranks_of(self, whole_index: int) -> int:
+        """Ranks that a whole is spread over."""
+        return self.buckets[self.bucket_of[whole_index]].num_ranks
+
     @cached_property
-    def targets(self) -> list[list[Target]]:
-        """For each parameter its segments, with what belongs to them."""
+    def counted_pieces(self) -> list[list[CountedPiece]]:
+        """For each parameter its pieces, with where their counts go."""
         wholes = self.shard_map.wholes
-        times = Counter(segment.whole_index for cut in self.segments for segment in cut)
-        found: list[list[Target]] = []
-        for param, cut in zip(self.params, self.segments, strict=True):
+        times = Counter(piece.whole_index for cut in self.flat_pieces for piece in cut)
+        found: list[list[CountedPiece]] = []
+        for param, cut in zip(self.params, self.flat_pieces, strict=True):
             found.append([])
-            for segment in cut:
-                index = segment.whole_index
-                numel = local_of(param).numel() if segment.start is None else segment.length
+            for piece in cut:
+                index = piece.whole_index
+                numel = local_of(param).numel() if piece.start is None else piece.length
                 is_all = times[index] == 1 and numel == wholes[index].numel
                 is_whole = is_all and not wholes[index].groups
-                target = Target(segment, self.slots[index], self.bucket_of[index], is_whole)
+                target = CountedPiece(piece, self.slots[index], self.bucket_of[index], is_whole)
                 found[-1].append(target)
         return found
 
@@ -171,7 +180,7 @@ class Layout:
     def describe(self, index: int) -> str:
         """Parameter ``index`` in words, for an error: the wholes that it holds elements of."""
         wholes = self.shard_map.wholes
-        names = [wholes[segment.whole_index].name for segment in self.segments[index]]
+        names = [wholes[piece.whole_index].name for piece in self.flat_pieces[index]]
         return ", ".join(names) or f"parameter {index}"
 
     def local_grad(self, index: int) -> torch.Tensor | None:
@@ -229,7 +238,7 @@ def _slots(shard_map: ShardMap) -> tuple[tuple[int, ...], tuple[Bucket, ...]]:
     return tuple(slots), tuple(buckets)
 
 
-def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None) -> Layout:
+def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None) -> ParamLayout:
     """The layout of the parameters in ``groups``. No communication is performed.
 
     Without a ``source``, a DTensor is a shard as its placements say and any other tensor is whole
@@ -245,19 +254,19 @@ def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None)
             _refuse_hidden_cut(_name(label), param)
         named = [_name(label) for label in labels]
         shard_map = ShardMap.of_tensors(list(zip(named, params, strict=True)))
-        each = [(Segment(i),) for i in range(len(params))]
-        return Layout(params, shard_map, labels, each, of_tensors=True)
+        each = [(FlatPiece(i),) for i in range(len(params))]
+        return ParamLayout(params, shard_map, labels, each, of_tensors=True)
     shard_map = source if isinstance(source, ShardMap) else source(params)
     if len(shard_map.pieces) != len(params):
         raise LayoutMismatchError(
             f"the shard map describes {len(shard_map.pieces)} local tensors, the optimiser holds "
             f"{len(params)} parameters; give one tuple of pieces per parameter, in their order"
         )
-    segments = [
-        _segments_of(f"parameter {i}", local_of(param).detach(), pieces, shard_map)
+    flat_pieces = [
+        _flat_pieces_of(f"parameter {i}", local_of(param).detach(), pieces, shard_map)
         for i, (param, pieces) in enumerate(zip(params, shard_map.pieces, strict=True))
     ]
-    return Layout(params, shard_map, [whole.name for whole in shard_map.wholes], segments)
+    return ParamLayout(params, shard_map, [whole.name for whole in shard_map.wholes], flat_pieces)
 
 
 def _refuse_hidden_cut(name: str, param: torch.Tensor) -> None:
@@ -293,9 +302,9 @@ def _name(label: str | int) -> str:
     return label if isinstance(label, str) else f"parameter {label}"
 
 
-def _segments_of(
+def _flat_pieces_of(
     name: str, local: torch.Tensor, pieces: tuple[Piece, ...], shard_map: ShardMap
-) -> tuple[Segment, ...]:
+) -> tuple[FlatPiece, ...]:
     """Merge the adjacent pieces of a whole: the boxes of a flat range lie one after the other."""
     merged: list[tuple[int, int, int]] = []
     for piece in sorted(pieces, key=lambda piece: piece.local_start):
@@ -312,10 +321,21 @@ def _segments_of(
         else:
             merged.append((whole_index, start, stop))
     if len(merged) == 1 and merged[0][2] - merged[0][1] == local.numel():
-        return (Segment(merged[0][0]),)
+        return (FlatPiece(merged[0][0]),)
     if merged and not local.is_contiguous():
         raise LayoutMismatchError(
             f"{name}: strides {local.stride()} of a local tensor of shape {tuple(local.shape)} "
             "must be contiguous, since it holds several pieces; call .contiguous() on it first"
         )
-    return tuple(Segment(index, start, stop - start) for index, start, stop in merged)
+    return tuple(FlatPiece(index, start, stop - start) for index, start, stop in merged)
+
+
+def check_dtypes(group: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a parameter of ``group`` that no cautious step can be taken on."""
+    for index, param in enumerate(group["params"]):
+        if param.dtype not in DTYPES:
+            name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
+            raise ConfigError(
+                f"{name}: dtype {param.dtype} must be one of {', '.join(map(str, DTYPES))}; "
+                "view a complex parameter as real, leave an integer one out"
+            )
