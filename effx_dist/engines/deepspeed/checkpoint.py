@@ -16,7 +16,6 @@ from weakref import WeakSet
 import deepspeed
 
 from effx_dist.checkpoint import Checkpointer, PendingSave
-from effx_dist.checkpoint.checkpointer import CheckpointersByFolder
 from effx_dist.checkpoint.saving.in_flight import settle, settle_saves_in
 from effx_dist.checkpoint.state.training_state import Stateful
 from effx_dist.checkpoint.state.tree import tree_to_json
@@ -34,6 +33,7 @@ from effx_dist.config import ExcpConfig
 from effx_dist.data import ProgressLR
 from effx_dist.engines.deepspeed.live import ZeroState
 from effx_dist.engines.deepspeed.loss_scale import LossScaler, scaler_of
+from effx_dist.engines.run_checkpoints import RunCheckpoints
 from effx_dist.errors import CheckpointNotFoundError, ConfigError
 from effx_dist.shard import TorchGroup
 
@@ -47,7 +47,7 @@ _users: dict[str, WeakSet[EngineCheckpoints]] = defaultdict(WeakSet)
 """The engines of this process that have saved to or gone on from a folder."""
 
 
-class EngineCheckpoints:
+class EngineCheckpoints(RunCheckpoints):
     """Stands in for an engine's methods that save and load; on the instance, from when it is made.
 
     Args:
@@ -55,9 +55,6 @@ class EngineCheckpoints:
         config: the ``excp`` section.
         sampler: gives the sampler whose state travels with the run, if there is one.
         on_save: called with every save that has begun.
-
-    Attributes:
-        last_save: the save that began last, to wait for or to read figures of; None before the first.
 
     There is one Checkpointer for each folder. Raises ConfigError for an engine whose state cannot be
     told by the names of its model's parameters.
@@ -71,13 +68,11 @@ class EngineCheckpoints:
         on_save: Callable[[PendingSave], None] = lambda pending: None,
     ) -> None:
         _check(engine)
+        super().__init__(config, sampler, _PREFIX)
         self._engine = engine
         self._config = config
-        self._sampler = sampler
         self._on_save = on_save
         self._group = TorchGroup()
-        self.last_save: PendingSave | None = None
-        self._by_folder = CheckpointersByFolder(config, _PREFIX)
         self._last_steps: dict[str, int] = {}
         self._load_of_engine = engine.load_checkpoint
         self._destroy_of_engine = engine.destroy
@@ -85,13 +80,8 @@ class EngineCheckpoints:
         engine.load_checkpoint = self.load_checkpoint
         engine.destroy = self.destroy
 
-    def checkpointer(self, save_dir: str | os.PathLike[str]) -> Checkpointer:
-        """What saves to and loads from a folder; made on first use, which is collective."""
-        return self._by_folder[save_dir]
-
-    def begin(self, save_dir: str | os.PathLike[str]) -> None:
-        """With ``seeded_base``: as :meth:`Checkpointer.begin`, for checkpoints in ``save_dir``."""
-        self.checkpointer(save_dir).begin(ZeroState(self._engine, with_optimizer=False))
+    def _live(self, with_optimizer: bool = True) -> ZeroState:
+        return ZeroState(self._engine, with_optimizer)
 
     def save_checkpoint(
         self,
@@ -213,12 +203,12 @@ class EngineCheckpoints:
         for users in _users.values():
             users.discard(self)
         try:
-            self._by_folder.close()
+            self.close()
         finally:
             self._destroy_of_engine()
 
     def _load_weights(self, folder: str, name: str, strict: bool) -> Any:
-        live = ZeroState(self._engine, with_optimizer=False)
+        live = self._live(with_optimizer=False)
         with Checkpointer(folder, _ONCE) as checkpoints:
             # a mapping, if of each name to itself: another run begins, whose random states are its own
             checkpoints.load(live, tag=name, strict=strict, mapping=str)
@@ -230,7 +220,7 @@ class EngineCheckpoints:
         with_optimizer, strict = options["load_optimizer_states"], options["load_module_strict"]
         with_schedule = options["load_lr_scheduler_states"]
         step = checkpoints.load(
-            ZeroState(engine, with_optimizer=with_optimizer),
+            self._live(with_optimizer),
             stateful=self._stateful(with_optimizer, with_schedule),
             tag=name,
             strict=strict,
@@ -301,15 +291,14 @@ class EngineCheckpoints:
     ) -> dict[str, Stateful]:
         """What travels with the run. A schedule of this library has the name that its FSDP2 runs give
         it, so that either goes on with the other's."""
-        found: dict[str, Stateful] = {}
-        if (sampler := self._sampler()) is not None:
-            found["sampler"] = sampler
-        schedule = self._engine.lr_scheduler
-        if with_schedule and schedule is not None:
-            found["schedule" if isinstance(schedule, ProgressLR) else "lr_scheduler"] = schedule
-        if with_optimizer and (scaler := scaler_of(self._engine.optimizer)) is not None:
-            found["loss_scaler"] = LossScaler(scaler)
-        return found
+        schedule = self._engine.lr_scheduler if with_schedule else None
+        scaler = scaler_of(self._engine.optimizer) if with_optimizer else None
+        return self._with_sampler(
+            {
+                "schedule" if isinstance(schedule, ProgressLR) else "lr_scheduler": schedule,
+                "loss_scaler": None if scaler is None else LossScaler(scaler),
+            }
+        )
 
 
 def _check(engine: Any) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from effx_dist.config import InfoBatchConfig
 from effx_dist.data import EffxWarning, InfoBatchSampler, ProgressLR
 from effx_dist.data.dataset import SAMPLE_ID, batches_with_ids
+from effx_dist.engines.feed import Feed
 from effx_dist.errors import ConfigError
 from effx_dist.shard import Group
 
@@ -111,17 +112,21 @@ class InfoBatchLoader(DeepSpeedDataLoader):  # type: ignore[misc]  # DeepSpeed h
             )
 
 
-class DataFeed:
+class DataFeed(Feed[InfoBatchSampler]):
     """Makes the sampler and the loader of an engine, and weighs its losses.
 
     Where the engine's ``lr_scheduler`` is a ProgressLR, ``engine.step`` sets its rate by the sampler's progress:
     ``initialize(lr_scheduler=lambda optimizer: effx_dist.ProgressLR(optimizer, total_epochs=4), ...)``.
     """
 
+    how_to_make_one = (
+        "pass training_data to initialize, or make a loader with engine.effx.deepspeed_io(dataset) or a sampler "
+        "with engine.effx.make_sampler(num_samples)"
+    )
+
     def __init__(self, engine: Any, config: InfoBatchConfig | None) -> None:
+        super().__init__(config)
         self._engine = engine
-        self._infobatch = config if config is not None and config.enabled else None
-        self.sampler: InfoBatchSampler | None = None
         if isinstance(engine.lr_scheduler, ProgressLR):
             engine.step = self._at_the_rate_of_progress(engine.step, engine.lr_scheduler)
 
@@ -143,20 +148,14 @@ class DataFeed:
             ConfigError: the section is absent or off; the engine names no data-parallel group; see
                 InfoBatchSampler.
         """
-        if self._infobatch is None:
-            raise ConfigError(
-                "effx.infobatch: is absent or not enabled in the configuration, so there is no sampler to make"
-            )
         self.sampler = InfoBatchSampler.from_config(
-            self._infobatch,
+            self._section,
             num_samples,
             self._engine.train_micro_batch_size_per_gpu(),
             self._engine.gradient_accumulation_steps(),
             self._data_group() if group is None else group,
         )
-        _ = (
-            self.sampler.plan
-        )  # now, while all ranks are here: `len` on one rank alone must not wait
+        _ = self.sampler.plan  # now, while all ranks are here: `len` on one alone must not wait
         return self.sampler
 
     def deepspeed_io(
@@ -209,14 +208,8 @@ class DataFeed:
         Raises:
             ConfigError: no ids are found; there is no sampler yet; see InfoBatchSampler.weigh.
         """
-        if self._infobatch is None or not torch.is_grad_enabled():
-            return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
-        if self.sampler is None:
-            raise ConfigError(
-                "weigh: there is no sampler yet; pass training_data to initialize, or make a loader with "
-                "engine.effx.deepspeed_io(dataset) or a sampler with engine.effx.make_sampler(num_samples)"
-            )
-        return self.sampler.weigh(losses, ids_of(batch))
+        is_training = self._infobatch is not None and torch.is_grad_enabled()
+        return self._weigh(losses, ids_of(batch) if is_training else (), is_training)
 
     def _at_the_rate_of_progress(
         self, step: Callable[..., Any], schedule: ProgressLR

@@ -8,6 +8,7 @@ that a checkpoint says nothing of ZeRO stages, ranks or sub-groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from effx_dist.checkpoint.state.optimizer_groups import (
     take_group_options,
 )
 from effx_dist.engines.deepspeed.partitions import Partition, partition_of_param, partitions
+from effx_dist.engines.stepped import common_value, fragment_of, is_spread, state_leaves
 from effx_dist.errors import LayoutMismatchError
-from effx_dist.shard import Piece, WholeTensor, whole_box
 
 
 class ZeroState(LiveState):
@@ -50,7 +51,7 @@ class ZeroState(LiveState):
     def model_state(self) -> dict[str, Any]:
         module = self._engine.module
         masters = {
-            plain_name(whole.name): _fragment(whole, pieces, partition.flat)
+            plain_name(whole.name): fragment_of(whole, pieces, partition.flat)
             for partition in self._partitions
             for whole, pieces in partition.held
         }
@@ -88,7 +89,7 @@ class ZeroState(LiveState):
         for partition in self._partitions:
             own = self._state_of(partition)
             for key, value in own.items():
-                if _is_spread(key, value, partition):
+                if is_spread(key, value, partition.flat):
                     for piece in partition.pieces:
                         if key not in state.get(plain_name(piece.whole.name), {}):
                             piece.flat_view(value).zero_()
@@ -131,24 +132,17 @@ class ZeroState(LiveState):
         return found
 
     def _by_name(self) -> StateByName:
-        found: StateByName = {}
-        for partition in self._partitions:
-            for key, value in self._state_of(partition).items():
-                for whole, pieces in partition.held:
-                    of_whole = found.setdefault(plain_name(whole.name), {})
-                    if _is_spread(key, value, partition):
-                        of_whole[key] = _fragment(whole, pieces, value)
-                    else:
-                        of_whole[key] = _shared_value(key, value, whole)
-        return found
-
-
-def _fragment(whole: WholeTensor, pieces: tuple[Piece, ...], local: torch.Tensor) -> Fragment:
-    local = local.detach()
-    parts = [(piece.box, piece.view(local)) for piece in pieces]
-    if not whole.numel:  # nobody holds a piece of it; one rank writes its shape
-        parts = [(whole_box(whole.shape), local.new_empty(whole.shape))]
-    return Fragment(whole.shape, local.dtype, parts)
+        return {
+            plain_name(whole.name): state_leaves(
+                self._state_of(partition),
+                partition.flat,
+                partial(fragment_of, whole, pieces),
+                partial(_shared_value, whole.name),
+            )
+            for partition in self._partitions
+            for whole, pieces in partition.held
+            if self._state_of(partition)
+        }
 
 
 def _as_it_is(name: str, parameter: torch.Tensor) -> torch.Tensor | Fragment:
@@ -156,23 +150,17 @@ def _as_it_is(name: str, parameter: torch.Tensor) -> torch.Tensor | Fragment:
     if not hasattr(parameter, "ds_tensor"):
         return parameter
     whole, pieces = partition_of_param(parameter, name)
-    return _fragment(whole, pieces, parameter.ds_tensor)
+    return fragment_of(whole, pieces, parameter.ds_tensor)
 
 
-def _is_spread(key: str, value: Any, partition: Partition) -> bool:
-    """Whether an entry of the state has a value for every element of the partition."""
-    is_tensor = isinstance(value, torch.Tensor) and key != "step"
-    return is_tensor and value.shape == partition.flat.shape
-
-
-def _shared_value(key: str, value: Any, whole: WholeTensor) -> Any:
+def _shared_value(name: str, key: str, value: Any) -> Any:
     """What a partition has one of, such as its number of steps, as each of its parameters has it
     elsewhere: a tensor of its own."""
     if isinstance(value, bool | str | None):
         return value
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         raise LayoutMismatchError(
-            f"{whole.name}: the optimizer's {key} of shape {tuple(value.shape)} is neither one number nor "
+            f"{name}: the optimizer's {key} of shape {tuple(value.shape)} is neither one number nor "
             "one for each element of its partition, so that what belongs to which parameter cannot be "
             "told; use another optimizer"
         )
@@ -185,16 +173,12 @@ def _one_value(key: str, current: Any, partition: Partition, state: StateByName)
     found = {name: state[name][key] for name in names if key in state.get(name, {})}
     if isinstance(current, bool | str | None):
         return next(iter(found.values()), current)
-    values = {name: float(value) for name, value in found.items()}
-    distinct = {value: name for name, value in values.items()}
-    if len(distinct) > 1:
-        few = ", ".join(f"{value:g} for {name}" for value, name in sorted(distinct.items())[:4])
-        raise LayoutMismatchError(
-            f"the optimizer's {key} is {few} in the checkpoint, but DeepSpeed steps these parameters as one "
-            "tensor, which has one; give them parameter groups of their own, or load with "
-            "load_optimizer_states=False"
-        )
-    value = next(iter(distinct), 0.0)
+    value = common_value(
+        key,
+        {name: float(value) for name, value in found.items()},
+        "DeepSpeed steps these parameters as one tensor, which has one; give them parameter groups of their "
+        "own, or load with load_optimizer_states=False",
+    )
     return current.fill_(value) if isinstance(current, torch.Tensor) else type(current)(value)
 
 

@@ -8,22 +8,21 @@ from typing import Any
 
 import megatron.core
 
-from effx_dist.checkpoint import Checkpointer, PendingSave
-from effx_dist.checkpoint.checkpointer import CheckpointersByFolder
+from effx_dist.checkpoint import PendingSave
 from effx_dist.checkpoint.state.training_state import Stateful
 from effx_dist.checkpoint.tools.convert.megatron_llama import MEGATRON
 from effx_dist.config import ExcpConfig
 from effx_dist.engines.megatron.description import description_of
 from effx_dist.engines.megatron.job_layout import JobLayout
 from effx_dist.engines.megatron.live import MegatronState
+from effx_dist.engines.run_checkpoints import RunCheckpoints
 from effx_dist.errors import ConfigError
 
 _SCALER = "grad_scaler"
 _SCHEDULER = "opt_param_scheduler"
-_SAMPLER = "sampler"
 
 
-class JobCheckpoints:
+class JobCheckpoints(RunCheckpoints):
     """Saves and loads a job, at any tensor-, pipeline- and data-parallel size. The part of the handle that
     deals with checkpoints.
 
@@ -41,19 +40,12 @@ class JobCheckpoints:
         sampler: Callable[[], Stateful | None],
         vocabulary: int | None,
     ) -> None:
+        super().__init__(excp, sampler)
         self.layout = layout
-        self.last_save: PendingSave | None = None
-        self._state_of_samples = sampler
         self._vocabulary = vocabulary
-        self._by_folder = CheckpointersByFolder(excp)
 
-    def checkpointer(self, folder: str | os.PathLike[str]) -> Checkpointer:
-        """What saves to and loads from a folder; made on first use, which is collective."""
-        return self._by_folder[folder]
-
-    def begin(self, save_dir: str | os.PathLike[str]) -> None:
-        """With ``seeded_base``: as :meth:`Checkpointer.begin`, for checkpoints in ``save_dir``."""
-        self.checkpointer(save_dir).begin(MegatronState(self.layout, with_optimizer=False))
+    def _live(self, with_optimizer: bool = True) -> MegatronState:
+        return MegatronState(self.layout, with_optimizer)
 
     def save_checkpoint(
         self,
@@ -112,7 +104,7 @@ class JobCheckpoints:
         }
         self.last_save = self.checkpointer(save_dir).async_save(
             iteration,
-            MegatronState(self.layout),
+            self._live(),
             stateful=self._stateful(opt_param_scheduler, stateful),
             extra={**(extra or {}), MEGATRON: told},
             tag=tag,
@@ -146,7 +138,7 @@ class JobCheckpoints:
         ranks on which all is well.
         """
         found = self.checkpointer(load_dir).load(
-            MegatronState(self.layout, with_optimizer=load_optimizer),
+            self._live(load_optimizer),
             stateful=self._stateful(opt_param_scheduler, stateful) if load_optimizer else stateful,
             step=iteration,
             tag=tag,
@@ -155,24 +147,13 @@ class JobCheckpoints:
         found.pop(MEGATRON, None)
         return found
 
-    def close(self) -> None:
-        """Finish the saves in flight. Raises what made one fail."""
-        self._by_folder.close()
-
     def _stateful(
         self, opt_param_scheduler: Stateful | None, others: Mapping[str, Stateful] | None
     ) -> dict[str, Stateful]:
-        found: dict[str, Stateful] = dict(others or {})
-        sampler = self._state_of_samples()
-        if sampler is not None:
-            found[_SAMPLER] = sampler
-        if opt_param_scheduler is not None:
-            found[_SCHEDULER] = _Schedule(opt_param_scheduler)
-        scalers = [getattr(optimizer, "grad_scaler", None) for optimizer in self.layout.optimizers]
-        for scaler in scalers[:1]:  # the optimizers' are alike
-            if scaler is not None:
-                found[_SCALER] = scaler
-        return found
+        schedule = None if opt_param_scheduler is None else _Schedule(opt_param_scheduler)
+        first = next(iter(self.layout.optimizers), None)  # their scalers are alike
+        scaler = getattr(first, "grad_scaler", None)
+        return self._with_sampler({**(others or {}), _SCHEDULER: schedule, _SCALER: scaler})
 
 
 class _Schedule:

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
 from effx_dist.config import InfoBatchConfig
+from effx_dist.engines.feed import Feed
 from effx_dist.engines.megatron.pretraining_sampler import (
     InfoBatchPretrainingSampler,
     groups_of_parallel_state,
@@ -75,11 +76,8 @@ def check_loss_reduction(model_configs: Iterable[Any]) -> None:
         )
 
 
-class DataFeed:
+class DataFeed(Feed[InfoBatchPretrainingSampler]):
     """Makes the sampler of a run, weighs its losses, and has the learning rate follow the data.
-
-    Attributes:
-        sampler: The sampler that was made last; None before.
 
     Args:
         config: The "infobatch" section; None, or one that is not enabled: no sampler can be made.
@@ -89,9 +87,10 @@ class DataFeed:
         ConfigError: See `check_loss_reduction`.
     """
 
+    how_to_make_one = "make one with handle.make_sampler(total_samples, ...)"
+
     def __init__(self, config: InfoBatchConfig | None, model_configs: Iterable[Any] = ()) -> None:
-        self._infobatch = config if config is not None and config.enabled else None
-        self.sampler: InfoBatchPretrainingSampler | None = None
+        super().__init__(config)
         if self._infobatch is not None:
             check_loss_reduction(model_configs)
 
@@ -109,10 +108,7 @@ class DataFeed:
         Raises:
             ConfigError: The section is absent or off; see InfoBatchPretrainingSampler.
         """
-        if self._infobatch is None:
-            raise ConfigError(
-                "effx.infobatch: is absent or not enabled in the configuration, so there is no sampler to make"
-            )
+        section = self._section
         group, peers = groups_of_parallel_state()
         self.sampler = InfoBatchPretrainingSampler(
             total_samples,
@@ -121,7 +117,7 @@ class DataFeed:
             group.rank,
             group.size,
             drop_last,
-            config=self._infobatch,
+            config=section,
             global_batch_size=global_batch_size,
             group=group,
             peers=peers,
@@ -152,13 +148,7 @@ class DataFeed:
         Raises:
             ConfigError: There is no sampler yet; see InfoBatchSampler.weigh.
         """
-        if self._infobatch is None or not losses.requires_grad:
-            return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
-        if self.sampler is None:
-            raise ConfigError(
-                "weigh: there is no sampler yet; make one with handle.make_sampler(total_samples, ...)"
-            )
-        return self.sampler.weigh(losses, sample_ids)
+        return self._weigh(losses, sample_ids, is_training=losses.requires_grad)
 
     def advance(self, opt_param_scheduler: Any = None) -> None:
         """Count the samples of an optimiser step, and set its learning rate. On every rank, after the step's forward
@@ -172,9 +162,8 @@ class DataFeed:
         Raises:
             ConfigError: There is no sampler yet.
         """
-        if self.sampler is None:
-            raise ConfigError("advance: there is no sampler yet; see make_sampler")
-        self.sampler.advance()
+        sampler = self._required_sampler("advance")
+        sampler.advance()
         if opt_param_scheduler is not None:
-            come = round(self.sampler.progress * self.sampler.total_samples)
+            come = round(sampler.progress * sampler.total_samples)
             opt_param_scheduler.step(increment=come - opt_param_scheduler.num_steps)

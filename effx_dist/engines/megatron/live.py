@@ -7,6 +7,7 @@ A checkpoint says nothing of tensor-, pipeline- or data-parallel ranks, of bucke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,9 @@ from effx_dist.checkpoint.state.optimizer_groups import (
 from effx_dist.engines.megatron.cautious import keeps_steps_in_groups
 from effx_dist.engines.megatron.job_layout import JobLayout
 from effx_dist.engines.megatron.local_tensors import LocalTensor, MainParam
+from effx_dist.engines.stepped import STEP, common_value, is_spread, state_leaves
 from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard import Box, Piece, WholeTensor, whole_box
-
-_STEP = "step"
 
 
 class MegatronState(LiveState):
@@ -140,12 +140,12 @@ class MegatronState(LiveState):
         return found
 
     def take_group_options(self, options: list[dict[str, Any]]) -> None:
-        steps = [group.get(_STEP) for group in self._layout.param_groups]
+        steps = [group.get(STEP) for group in self._layout.param_groups]
         take_group_options(self._layout.param_groups, options)
         for group, step in zip(self._layout.param_groups, steps, strict=True):
-            group.pop(_STEP, None)  # the parameters' own are what counts
+            group.pop(STEP, None)  # the parameters' own are what counts
             if step is not None:
-                group[_STEP] = step
+                group[STEP] = step
 
     def random_states(self) -> dict[str, torch.Tensor]:
         """Megatron's tracker, under names that say for which layout its states are: another one has
@@ -238,21 +238,18 @@ class MegatronState(LiveState):
 
     def _state_of(self, inner: Any, param: MainParam, state: Mapping[str, Any]) -> dict[str, Any]:
         assert param.main is not None, "callers look"
-        entries: dict[str, Any] = {}
-        if keeps_steps_in_groups(inner) and _STEP not in state:
-            step = inner.param_groups[param.group_index].get(_STEP, 0)
-            state = {**state, _STEP: torch.tensor(float(step))}
-        for key, value in state.items():
+        if keeps_steps_in_groups(inner) and STEP not in state:
+            step = inner.param_groups[param.group_index].get(STEP, 0)
+            state = {**state, STEP: torch.tensor(float(step))}
+
+        def single(_: str, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
-                entries[key] = value
-            elif value.shape == param.main.shape and key != _STEP:
-                entries[key] = self._fragment(param, value)
-            else:
-                number = value.detach().float().cpu()
-                entries[key] = Fragment(
-                    (), number.dtype, [(whole_box(()), number)], not param.local.is_main
-                )
-        return entries
+                return value
+            number = value.detach().float().cpu()
+            held = [(whole_box(()), number)]
+            return Fragment((), number.dtype, held, is_replica=not param.local.is_main)
+
+        return state_leaves(state, param.main, partial(self._fragment, param), single)
 
     def _nothing_of(
         self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, tuple[torch.dtype, bool]]
@@ -268,7 +265,7 @@ class MegatronState(LiveState):
         own = inner.state[param.main]
         is_clipped = self._shape(param.whole.name, param.whole.shape) != param.whole.shape
         for key, value in own.items():
-            if isinstance(value, torch.Tensor) and key != _STEP and value.shape == param.main.shape:
+            if is_spread(key, value, param.main):
                 if key not in saved:
                     value.zero_()
                 elif is_clipped:
@@ -307,16 +304,10 @@ def _number(saved: Any) -> float:
 def _take_steps(inner: Any, params: Sequence[MainParam], state: StateByName) -> None:
     """For an optimizer that counts its steps by group."""
     for index, group in enumerate(inner.param_groups):
-        entries = [
-            state.get(param.whole.name, {}) for param in params if param.group_index == index
-        ]
-        steps = {_number(entry[_STEP]) for entry in entries if _STEP in entry}
-        if len(steps) > 1:
-            raise LayoutMismatchError(
-                f"parameters of group {index} have taken {sorted(steps)} steps in the checkpoint, but the "
-                "optimizer here counts once for a group; load it into the optimizer that saved it"
-            )
-        group[_STEP] = int(next(iter(steps), 0))
+        names = [param.whole.name for param in params if param.group_index == index]
+        steps = {name: _number(state[name][STEP]) for name in names if STEP in state.get(name, {})}
+        remedy = "here it counts once for a group; load it into the optimizer that saved it"
+        group[STEP] = int(common_value(STEP, steps, remedy))
 
 
 def _dtypes(state: StateByName) -> dict[str, tuple[torch.dtype, bool]]:
@@ -339,8 +330,8 @@ def _add_steps(inner: torch.optim.Optimizer) -> None:
     """Megatron's own way to make a state before it loads, of moments alone, leaves them out."""
     if not keeps_steps_in_groups(inner):
         for state in inner.state.values():
-            if "exp_avg" in state and _STEP not in state:
-                state[_STEP] = torch.tensor(0.0)
+            if "exp_avg" in state and STEP not in state:
+                state[STEP] = torch.tensor(0.0)
 
 
 _LAID_OUT = frozenset({"is_expert_parallel"})
@@ -348,7 +339,7 @@ _LAID_OUT = frozenset({"is_expert_parallel"})
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k != _STEP and k not in _LAID_OUT}
+    return {k: v for k, v in options.items() if k != STEP and k not in _LAID_OUT}
 
 
 def _layout_name() -> str:
