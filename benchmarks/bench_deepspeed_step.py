@@ -5,7 +5,7 @@
 
 Prints one JSON object. Each setting has two engines over equal models: one with the configuration's AdamW
 (DeepSpeed's FusedAdam, or DeepSpeedCPUAdam under offload), one with an "effx" block beside it. They take
-turns, in random order, so that drift hits both alike. `optimizer_ms` is the time of the base optimiser's
+turns, in random order, so that drift hits both alike. `optimizer_ms` is the time of the base optimizer's
 step(), all-reduce of the counts included; `engine_step_ms` that of the whole engine.step(): gradients
 flattened, norm, clipping, step, gathering of the parameters. A rank's figures are medians over rounds; of
 the ranks, the slowest one's. `ratio` is the median over rounds of the cautious one's time over that of
@@ -40,10 +40,7 @@ WARM_UP = 3
 Record = dict[str, Any]
 SETTINGS: dict[str, Record] = {
     "ZeRO-2": {"stage": 2},
-    "ZeRO-2, offload": {
-        "stage": 2,
-        "offload_optimizer": {"device": "cpu", "pin_memory": False},
-    },
+    "ZeRO-2, offload": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
 }
 
 

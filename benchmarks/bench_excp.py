@@ -47,7 +47,7 @@ from effx_dist.core.excp import (
     ranges,
     sums,
 )
-from effx_dist.native.excp import kernels
+from effx_dist.native.kernels import kernels
 from effx_dist.shard import Box, SoloGroup
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def load_text() -> torch.Tensor:
 
 @dataclass
 class Run:
-    """One training run: model, optimiser, and a data order that depends on the step alone."""
+    """One training run: model, optimizer, and a data order that depends on the step alone."""
 
     text: torch.Tensor
     horizon: int
@@ -158,7 +158,7 @@ def encode(profile_name: str, arrays: JointArrays) -> tuple[Encoded, JointQuanti
     """All three rounds and the entropy coder, as a save does them for one piece."""
     profile, numel = PROFILES[profile_name], arrays.r.size
     r1 = ranges(arrays)
-    r2 = sums(arrays, r1, numel, profile)
+    r2 = sums(arrays, r1, numel)
     r3 = cells(arrays, r1, r2, numel, profile)
     quantiser = build_quantiser(profile, True, True, numel, r1, r2, r3)
     assert quantiser is not None

@@ -3,7 +3,7 @@
     python benchmarks/bench_restore.py --megabytes 480 --links 20
 
 Prints one JSON object: best times of several rounds in which the two take turns, each in a process of its own that
-holds a live model and optimiser already, and how much memory each process needed beyond those.
+holds a live model and optimizer already, and how much memory each process needed beyond those.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who takes part in bench_cautious.py: optimisers on the same tensors, and what each has to move."""
+"""Who takes part in bench_cautious.py: optimizers on the same tensors, and what each has to move."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ WARM_UP = 2
 def measure_ranks(
     world: int, device_type: str, dtype_name: str, rounds: int
 ) -> list[dict[str, Any]] | str:
-    """One record per optimiser; or why this many ranks cannot run here."""
+    """One record per optimizer; or why this many ranks cannot run here."""
     if device_type == "cuda" and torch.cuda.device_count() < world:
         return f"needs {world} GPUs, there are {torch.cuda.device_count()}"
     # One server imports torch and every rank is forked from it: they would spend their time importing.

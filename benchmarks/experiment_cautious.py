@@ -4,9 +4,9 @@
     python benchmarks/experiment_cautious.py runs/cautious_60m --config 60m --device cuda \\
         --steps 3000 --set data.source=FOLDER
 
-One process. Both optimisers get the same initial weights, batches, clipping and schedule: linear
+One process. Both optimizers get the same initial weights, batches, clipping and schedule: linear
 warm-up, then a cosine to 10 %. The learning rate of each is chosen from one grid on a seed that is
-not reported, the grid grows while a best one lies at its edge, and both optimisers run on the
+not reported, the grid grows while a best one lies at its edge, and both optimizers run on the
 reported seeds at either's chosen rate. `--length` adds runs of other lengths, to see what becomes
 of the difference. Each finished run is a line of FOLDER/runs.jsonl and is not repeated when the
 script is started again; the tables are made from that file and printed as Markdown.
@@ -76,7 +76,7 @@ def lr_share(step: int, steps: int, min_share: float) -> float:
 
 
 class Trial:
-    """One model, one optimiser, one seed."""
+    """One model, one optimizer, one seed."""
 
     def __init__(
         self, key: Key, settings: RunSettings, data: PreparedData, device: torch.device
@@ -107,7 +107,7 @@ class Trial:
         return sequence_losses(logits, labels)
 
     def step(self, step: int, ids: Sequence[int], num_passes: int) -> float:
-        """One optimiser step. Returns the mean training loss before it."""
+        """One optimizer step. Returns the mean training loss before it."""
         train = self.settings.train
         total = 0.0
         for part in range(num_passes):
@@ -242,9 +242,9 @@ def header(*cells: str) -> None:
 def choose(
     experiment: Experiment, grid: list[float], seed: int, steps: int
 ) -> tuple[list[float], dict[str, int]]:
-    """Index into the grid of the best learning rate of each optimiser on `seed`.
+    """Index into the grid of the best learning rate of each optimizer on `seed`.
 
-    Both optimisers run at every rate. Returns the grid with it, widened until no best rate lies at
+    Both optimizers run at every rate. Returns the grid with it, widened until no best rate lies at
     an edge.
     """
     grid, ratio = sorted(grid), max(grid) / sorted(grid)[-2]
@@ -273,7 +273,7 @@ def choose(
 def report_rates(
     experiment: Experiment, lrs: dict[str, float], seeds: list[int], steps: int
 ) -> None:
-    """Both optimisers at either's chosen rate: their difference at one and the same rate."""
+    """Both optimizers at either's chosen rate: their difference at one and the same rate."""
     header("lr", "AdamW", "C-AdamW", "gap at this lr", "perplexity")
     for lr in sorted(set(lrs.values())):
         losses = [[final(experiment.get(n, lr, seed, steps)) for seed in seeds] for n in lrs]

@@ -1,4 +1,4 @@
-"""Sample pruning, cautious optimisers and compressed checkpoints, right when training is sharded.
+"""Sample pruning, cautious optimizers and compressed checkpoints, right when training is sharded.
 
 Every public name is imported on first use, so that `import effx_dist` costs next to nothing:
 neither torch nor DeepSpeed nor Megatron-core is loaded before a name that needs it is asked for.

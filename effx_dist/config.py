@@ -204,7 +204,7 @@ class EffxConfig(_Section):
     """Sample pruning. Default null: off."""
 
     cautious: CautiousConfig | None = None
-    """Cautious optimiser steps. Default null: off."""
+    """Cautious optimizer steps. Default null: off."""
 
     excp: ExcpConfig | None = None
     """Compressed checkpoints. Default null: off."""

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import effx_dist as effx
+from effx_dist.checkpoint import PendingSave
 from effx_dist.engines.megatron import attach
 from effx_dist.errors import ConfigError
 from launch.llama import loop
@@ -135,7 +136,7 @@ def make_schedule(
 
 
 class Pretraining(Run):
-    """One run: everything is built in `__init__`, and `train` is the loop."""
+    """One run: everything is built in `__init__`; the loop over epochs and steps is that of `Run`."""
 
     settings: MegatronRunSettings
     model: Any
@@ -159,7 +160,7 @@ class Pretraining(Run):
         # Switched off, InfoBatch takes every sample.
         infobatch = settings.infobatch_config()
         config = settings.effx_config().model_copy(update={"infobatch": infobatch})
-        # (1) (2) (3) The optimiser's step is cautious from here on.
+        # (1) (2) (3) The optimizer's step is cautious from here on.
         self.handle = attach(
             self.optimizer, [self.model], config, vocab_size=settings.model.vocab_size
         )
@@ -170,38 +171,30 @@ class Pretraining(Run):
             global_batch_size=train.global_batch_size,
         )
         self.sampler = self.batch_sampler.inner
-        self.checkpoint_dir = run_dir / "checkpoints"
-        self.resume(run_dir)
-
-    def train(self) -> None:
-        """All epochs (or `max_steps`), then the last checkpoint and the last evaluation."""
+        self.cautious = self.handle
         # The sampler gives all ranks of one model the same samples: each reads them for itself.
-        loader: DataLoader[Batch] = DataLoader(
+        self.loader = DataLoader(
             effx.with_sample_ids(self.data.train),
             batch_sampler=self.batch_sampler,
-            num_workers=self.settings.data.num_workers,
+            num_workers=settings.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        self.meter.reset()
-        for epoch in range(self.sampler.epoch, self.settings.train.num_epochs):
-            if self.is_cut_short():
-                break
-            self.batch_sampler.set_epoch(epoch)  # (1) Plans the epoch: all ranks together.
-            self.say_plan(epoch)
-            for batches in loop.windows(loader, self.accumulation):
-                self.train_step(batches)
-                self.after_step(epoch, batches)
-                if self.is_cut_short():
-                    break
-        self.finish()
+        self.checkpoint_dir = run_dir / "checkpoints"
+        if settings.checkpoint.every_steps:
+            self.checkpointer = self.handle.checkpointer(self.checkpoint_dir)
+        self.go_on()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loop at the beginning of each epoch."""
+        self.batch_sampler.set_epoch(epoch)  # (1) Plans the epoch: all ranks together.
 
     def train_step(self, batches: list[Batch]) -> None:
-        """One optimiser step over `accumulation` micro-batches a rank."""
+        """One optimizer step over `accumulation` micro-batches a rank."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.run_schedule(batches, self.weighed_loss, forward_only=False)
         # (1) Instead of schedule.step(increment): pruning changes the steps of an epoch. Before the
-        # optimiser's step, so that the first of the warm-up is not taken at rate 0.
+        # optimizer's step, so that the first of the warm-up is not taken at rate 0.
         self.handle.advance(self.schedule)
         self.step += 1
         with self.meter.optimizer_step(is_timed=self.is_logged):
@@ -268,51 +261,24 @@ class Pretraining(Run):
         dist.all_reduce(totals)  # The ranks of a tensor-parallel group count alike.
         return float(totals[0] / totals[1])
 
-    def save(self) -> None:
+    def save(self) -> PendingSave:
         """Begin a checkpoint; encoding and writing go on behind the next steps."""
-        if self.last_saved == self.step:
-            return
         # (3) Each rank writes what it holds; the sampler's scores and position go with it.
-        pending = self.handle.save_checkpoint(
+        return self.handle.save_checkpoint(
             self.checkpoint_dir, self.step, self.schedule, extra={"samples": self.samples}
         )
-        self.last_saved = self.step
-        self.saves.append((self.step, pending))
 
-    def resume(self, run_dir: Path) -> None:
-        """Go on from a checkpoint if there is one, whatever the layout that wrote it."""
-        if not self.settings.checkpoint.every_steps:
-            return
-        checkpointer = self.handle.checkpointer(self.checkpoint_dir)
-        step = loop.resume_step(checkpointer, self.settings, run_dir)
-        if step is None:
-            self.handle.begin(self.checkpoint_dir)  # (3) Does something with `seeded_base` only.
-            return
-        newest = self.settings.checkpoint.resume == "auto"
-        # (3) Everything is restored in place.
+    def resume(self, step: int | None) -> Mapping[str, Any]:
+        """Everything is restored in place, whatever the layout that saved it."""
         extra = self.handle.load_checkpoint(
-            self.checkpoint_dir, self.schedule, iteration=None if newest else step
-        )
-        self.step, self.samples = int(extra["step"]), int(extra["samples"])
-        self.say_resumed()
+            self.checkpoint_dir, self.schedule, iteration=step
+        )  # (3)
+        self.step = extra["step"]
+        return extra
 
-    def is_cut_short(self) -> bool:
-        """Whether `max_steps` are done, or the scheduler wants the machine back (save_on_sigterm)."""
-        saves = self.settings.checkpoint.every_steps > 0
-        if saves and self.handle.checkpointer(self.checkpoint_dir).should_stop:  # On all ranks.
-            return True
-        return super().is_cut_short()
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def alignment(self) -> Mapping[Any, float] | None:
-        """(2) By parameter of this stage, the share of the last update that agreed with the gradient."""
-        found: Mapping[Any, float] = self.handle.alignment
-        return found
+    def begin(self) -> None:
+        """Nothing, but with `seeded_base`."""
+        self.handle.begin(self.checkpoint_dir)  # (3)
 
     def close(self) -> None:
         """Wait for the last checkpoint."""

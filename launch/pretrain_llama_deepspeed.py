@@ -24,7 +24,9 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import effx_dist as effx
+from effx_dist.checkpoint import PendingSave
 from effx_dist.engines import deepspeed  # (1) (2) (3) In place of: import deepspeed
+from effx_dist.engines.deepspeed.data import InfoBatchLoader
 from launch.llama import loop
 from launch.llama.command import LogSamples, Overrides, make_app, said_in_a_line
 from launch.llama.deepspeed_config import read_run
@@ -47,7 +49,7 @@ def join_ranks() -> torch.device:
 
 
 class Pretraining(Run):
-    """One run: everything is built in `__init__`, and `train` is the loop."""
+    """One run: everything is built in `__init__`; the loop over epochs and steps is that of `Run`."""
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class Pretraining(Run):
         train = settings.train
         model = build_llama(settings.model, settings.data.seq_len, train.seed)
         self.model_config = model.config.to_dict()
-        self.engine, *_ = deepspeed.initialize(
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             model_parameters=list(model.parameters()),
             config=config,  # (1) (2) (3) Its "effx" block.
@@ -72,32 +74,23 @@ class Pretraining(Run):
                 min_ratio=train.min_lr_ratio,
             ),
         )
-        self.model = self.engine
+        self.model, self.cautious = self.engine, self.engine.effx
         # (1) As `training_data=` of initialize would be, but with a number of workers of our own.
-        self.loader = self.engine.effx.deepspeed_io(
+        self.loader: InfoBatchLoader = self.engine.effx.deepspeed_io(
             self.data.train, num_local_io_workers=settings.data.num_workers
         )
         self.sampler = self.engine.effx.sampler
         self.checkpoint_dir = run_dir / "checkpoints"
-        self.resume(run_dir)
+        if settings.checkpoint.every_steps:
+            self.checkpointer = self.engine.effx.checkpoints.checkpointer(self.checkpoint_dir)
+        self.go_on()
 
-    def train(self) -> None:
-        """All epochs (or `max_steps`), then the last checkpoint and the last evaluation."""
-        self.meter.reset()
-        for epoch in range(self.sampler.epoch, self.settings.train.num_epochs):
-            if self.is_cut_short():
-                break
-            self.loader.set_epoch(epoch)  # (1) Plans the epoch: all ranks together.
-            self.say_plan(epoch)
-            for batches in loop.windows(self.loader, self.accumulation):
-                self.train_step(batches)
-                self.after_step(epoch, batches)
-                if self.is_cut_short():
-                    break
-        self.finish()
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loop at the beginning of each epoch."""
+        self.loader.set_epoch(epoch)  # (1) Plans the epoch: all ranks together.
 
     def train_step(self, batches: list[Batch]) -> None:
-        """One optimiser step over `accumulation` micro-batches a rank."""
+        """One optimizer step over `accumulation` micro-batches a rank."""
         self.step += 1
         for number, batch in enumerate(batches, start=1):
             inputs = batch["input_ids"].to(self.device, non_blocking=True)
@@ -112,10 +105,8 @@ class Pretraining(Run):
             self.engine.step()  # (2) Nothing changes here.
         self.samples += self.settings.train.global_batch_size
 
-    def save(self) -> None:
+    def save(self) -> PendingSave | None:
         """Begin a checkpoint; encoding and writing go on behind the next steps."""
-        if self.last_saved == self.step:
-            return
         before = self.engine.effx.last_save
         # (3) DeepSpeed's own call; scores and position of the sampler and the schedule go with it.
         self.engine.save_checkpoint(
@@ -123,45 +114,20 @@ class Pretraining(Run):
             # `effx convert --to safetensors` makes the config.json of it.
             client_state={"samples": self.samples, "config": self.model_config},
         )
-        self.last_saved = self.step
-        pending = self.engine.effx.last_save
-        if pending is not before:
-            self.saves.append((self.step, pending))
+        pending: PendingSave | None = self.engine.effx.last_save
+        return pending if pending is not before else None
 
-    def resume(self, run_dir: Path) -> None:
-        """Go on from a checkpoint if there is one, whatever the ranks and the stage that wrote it."""
-        if not self.settings.checkpoint.every_steps:
-            return
-        checkpoints = self.engine.effx.checkpoints
-        checkpointer = checkpoints.checkpointer(self.checkpoint_dir)
-        step = loop.resume_step(checkpointer, self.settings, run_dir)
-        if step is None:
-            checkpoints.begin(self.checkpoint_dir)  # (3) Does something with `seeded_base` only.
-            return
-        # (3) DeepSpeed's own call; everything is restored in place.
-        tag = None if self.settings.checkpoint.resume == "auto" else f"global_step{step}"
-        _, client_state = self.engine.load_checkpoint(self.checkpoint_dir, tag)
-        self.step, self.samples = self.engine.global_steps, int(client_state["samples"])
-        self.say_resumed()
-
-    def is_cut_short(self) -> bool:
-        """Whether `max_steps` are done, or the scheduler wants the machine back (save_on_sigterm)."""
-        if self.settings.checkpoint.every_steps:
-            checkpoints = self.engine.effx.checkpoints
-            if checkpoints.checkpointer(self.checkpoint_dir).should_stop:  # The same on all ranks.
-                return True
-        return super().is_cut_short()
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the last step."""
-        return float(self.engine.get_lr()[0])
-
-    @property
-    def alignment(self) -> Mapping[Any, float] | None:
-        """(2) By parameter, the share of the last update that agreed with the gradient."""
-        found: Mapping[Any, float] = self.engine.effx.alignment
+    def resume(self, step: int | None) -> Mapping[str, Any]:
+        """Everything is restored in place, whatever the ranks and the stage that saved it."""
+        tag = None if step is None else f"global_step{step}"
+        _, client_state = self.engine.load_checkpoint(self.checkpoint_dir, tag)  # (3) As ever.
+        self.step = self.engine.global_steps
+        found: Mapping[str, Any] = client_state
         return found
+
+    def begin(self) -> None:
+        """Nothing, but with `seeded_base`."""
+        self.engine.effx.checkpoints.begin(self.checkpoint_dir)  # (3)
 
     def close(self) -> None:
         """Wait for the last checkpoint."""

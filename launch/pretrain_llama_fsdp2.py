@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import effx_dist as effx
+from effx_dist.checkpoint import PendingSave
 from effx_dist.engines import fsdp2
 from launch.llama import loop
 from launch.llama.command import Config, LogSamples, Overrides, RunDir, make_app, said_in_a_line
@@ -60,7 +61,7 @@ def make_checkpointer(settings: RunSettings, folder: Path) -> effx.Checkpointer 
 
 
 class Pretraining(Run):
-    """One run: everything is built in `__init__`, and `train` is the loop."""
+    """One run: everything is built in `__init__`; the loop over epochs and steps is that of `Run`."""
 
     def __init__(self, settings: RunSettings, run_dir: Path, log_samples: bool = False) -> None:
         find_ranks()
@@ -89,40 +90,23 @@ class Pretraining(Run):
             warmup_epochs=train.warmup_epochs,
             min_ratio=train.min_lr_ratio,
         )
-        self.resume(run_dir)
-
-    def train(self) -> None:
-        """All epochs (or `max_steps`), then the last checkpoint and the last evaluation."""
-        train = self.settings.train
+        self.cautious = self.optimizer
         # (1) The sampler yields ids, and an id travels with its sample to where its loss is known.
-        loader: DataLoader[Batch] = DataLoader(
+        self.loader = DataLoader(
             effx.with_sample_ids(self.data.train),
             batch_size=train.micro_batch_size,
             sampler=self.sampler,
-            num_workers=self.settings.data.num_workers,
+            num_workers=settings.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        self.meter.reset()
-        for epoch in range(self.sampler.epoch, train.num_epochs):
-            if self.is_cut_short():
-                break
-            self.sampler.set_epoch(epoch)  # (1) Plans the epoch: all ranks together.
-            self.say_plan(epoch)
-            for batches in loop.windows(loader, self.accumulation):
-                self.train_step(batches)
-                self.after_step(epoch, batches)
-                if self.is_cut_short():
-                    break
-        self.finish()
+        self.go_on()
 
-    def is_cut_short(self) -> bool:
-        """Whether `max_steps` are done, or the scheduler wants the machine back (save_on_sigterm)."""
-        if self.checkpointer and self.checkpointer.should_stop:  # (3) The same on all ranks.
-            return True
-        return super().is_cut_short()
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loop at the beginning of each epoch."""
+        self.sampler.set_epoch(epoch)  # (1) Plans the epoch: all ranks together.
 
     def train_step(self, batches: list[Batch]) -> None:
-        """One optimiser step over `accumulation` micro-batches a rank."""
+        """One optimizer step over `accumulation` micro-batches a rank."""
         for index, batch in enumerate(batches):
             fsdp2.set_gradient_sync(self.model, index == len(batches) - 1)
             inputs = batch["input_ids"].to(self.device, non_blocking=True)
@@ -140,12 +124,11 @@ class Pretraining(Run):
         self.optimizer.zero_grad()
         self.samples += self.settings.train.global_batch_size
 
-    def save(self) -> None:
+    def save(self) -> PendingSave:
         """Begin a checkpoint; encoding and writing go on behind the next steps."""
-        if self.checkpointer is None or self.last_saved == self.step:
-            return
+        assert self.checkpointer is not None, "the caller looks"
         # (3) One call; the sampler's scores and position and the schedule go with the weights.
-        pending = self.checkpointer.async_save(
+        return self.checkpointer.async_save(
             self.step,
             self.model,
             self.optimizer,
@@ -153,37 +136,23 @@ class Pretraining(Run):
             # `effx convert --to safetensors` makes the config.json of it.
             extra={"samples": self.samples, "config": self.model_config},
         )
-        self.last_saved = self.step
-        self.saves.append((self.step, pending))
 
-    def resume(self, run_dir: Path) -> None:
-        """Go on from a checkpoint if there is one, whatever the number of ranks that wrote it."""
-        if self.checkpointer is None:
-            return
-        step = loop.resume_step(self.checkpointer, self.settings, run_dir)
-        if step is None:
-            self.checkpointer.begin(self.model)  # (3) Does something with `seeded_base` only.
-            return
-        # (3) Everything is restored in place.
-        extra = self.checkpointer.load(
+    def resume(self, step: int | None) -> Mapping[str, Any]:
+        """Everything is restored in place, whatever the number of ranks that saved it."""
+        assert self.checkpointer is not None, "the caller looks"
+        extra = self.checkpointer.load(  # (3)
             self.model,
             self.optimizer,
-            step=None if self.settings.checkpoint.resume == "auto" else step,
+            step=step,
             stateful={"sampler": self.sampler, "schedule": self.schedule},
         )
-        self.step, self.samples = int(extra["step"]), int(extra["samples"])
-        self.say_resumed()
+        self.step = extra["step"]
+        return extra
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def alignment(self) -> Mapping[Any, float] | None:
-        """(2) By parameter, the share of the last update that agreed with the gradient."""
-        found: Mapping[Any, float] | None = getattr(self.optimizer, "alignment", None)
-        return found
+    def begin(self) -> None:
+        """Nothing, but with `seeded_base`."""
+        if self.checkpointer is not None:
+            self.checkpointer.begin(self.model)  # (3)
 
     def close(self) -> None:
         """Wait for the last checkpoint."""

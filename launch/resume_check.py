@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The samples of one optimiser step over all ranks, sorted."""
+    """The samples of one optimizer step over all ranks, sorted."""
 
     epoch: int
     ids: tuple[int, ...]

@@ -46,7 +46,7 @@ def pytest_sessionstart() -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """DeepSpeed takes seconds to import: once for all ranks, and only where one of them needs it."""
     if any(item.get_closest_marker("deepspeed") for item in session.items):
-        # ZeRO asks whether an optimiser is its Muon, which imports torch's compiler.
+        # ZeRO asks whether an optimizer is its Muon, which imports torch's compiler.
         ranks.PRELOADED.extend(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 

@@ -95,8 +95,5 @@ def make(group: Group, layout: tuple[int, int, int], **settings: Any) -> InfoBat
     """A sampler of one rank of ``layout``."""
     _, batch_size, num_accumulated = layout
     return InfoBatchSampler(
-        batch_size=batch_size,
-        gradient_accumulation_steps=num_accumulated,
-        group=group,
-        **settings,
+        batch_size=batch_size, gradient_accumulation_steps=num_accumulated, group=group, **settings
     )

@@ -1,5 +1,5 @@
 """Helpers of the test_engines_deepspeed files: small engines on ranks, and whole tensors out of what their
-optimisers hold.
+optimizers hold.
 
 Nothing here imports DeepSpeed before a function is called: only ranks do.
 """

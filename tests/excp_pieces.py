@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from effx_dist.core.excp import (
-    CELLS_LEN,
     PROFILES,
     RANGES_LEN,
     SUMS_LEN,
@@ -15,6 +14,7 @@ from effx_dist.core.excp import (
     JointQuantiser,
     build_quantiser,
     cells,
+    cells_len,
     ranges,
     sums,
 )
@@ -37,10 +37,10 @@ def build(name: str, pieces: Iterable[JointArrays]) -> JointQuantiser | None:
     r1 = np.zeros(RANGES_LEN)
     for piece in pieces:
         r1 = np.maximum(r1, ranges(piece))
-    r2 = np.zeros(SUMS_LEN(profile), dtype=np.int64)
+    r2 = np.zeros(SUMS_LEN, dtype=np.int64)
     for piece in pieces:
-        r2 = r2 + sums(piece, r1, numel, profile)
-    r3 = np.zeros(CELLS_LEN(profile), dtype=np.int64)
+        r2 = r2 + sums(piece, r1, numel)
+    r3 = np.zeros(cells_len(profile), dtype=np.int64)
     for piece in pieces:
         r3 = r3 + cells(piece, r1, r2, numel, profile)
     has_m, has_v = pieces[0].m is not None, pieces[0].v is not None

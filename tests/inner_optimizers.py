@@ -1,4 +1,4 @@
-"""Optimisers to be wrapped, each written as a user would: none knows of masks or of shards.
+"""Optimizers to be wrapped, each written as a user would: none knows of masks or of shards.
 
 Each operation has two operands, so that an element does not depend on where its shard is cut.
 """

@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.megatron_runs import (
-    SEQUENCE,
-    VOCABULARY,
-    Case,
-    make_job,
-    parallel,
-    transformer_config,
-)
+from tests.megatron_runs import SEQUENCE, VOCABULARY, Case, make_job, parallel, transformer_config
 
 # isort: split
 from megatron.core import parallel_state
@@ -33,10 +26,7 @@ from effx_dist.engines.megatron.data import DataFeed
 TOTAL, GLOBAL, MICRO = 40, 8, 2
 CONFIG = InfoBatchConfig(num_epochs=4, delta=0.5, seed=1)
 # Gradients stay whole without the distributed optimizer, so that they can be compared.
-LAYOUTS = {
-    "tp2": Case(tp=2, distributed=False),
-    "pp2": Case(pp=2, distributed=False),
-}
+LAYOUTS = {"tp2": Case(tp=2, distributed=False), "pp2": Case(pp=2, distributed=False)}
 
 
 @dataclass

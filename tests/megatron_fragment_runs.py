@@ -48,10 +48,7 @@ CASES = {
     "ep4": Case(ep=4, **EXPERTS),
     "ep2 pp2": Case(ep=2, pp=2, **EXPERTS),
     "ep2 pp2, dense first": Case(
-        ep=2,
-        pp=2,
-        num_experts=4,
-        config={"moe_ffn_hidden_size": 24, "moe_layer_freq": [0, 1]},
+        ep=2, pp=2, num_experts=4, config={"moe_ffn_hidden_size": 24, "moe_layer_freq": [0, 1]}
     ),
 }
 

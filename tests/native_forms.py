@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from effx_dist.native import excp
+from effx_dist.native import kernels as excp
 
 T = TypeVar("T")
 needs_compiled = pytest.mark.skipif(excp.kernels() is None, reason="no C++ compiler")

@@ -64,10 +64,7 @@ def run_grid(grid: Grid, body: Callable[[Place], T]) -> list[list[T]]:
         d, c = divmod(rest, grid.cp)
         has_losses = m // grid.tp == grid.pp - 1
         peers = Peers(
-            (
-                group_of(("model", d, c), m, num_model),
-                group_of(("context", d, m), c, grid.cp),
-            ),
+            (group_of(("model", d, c), m, num_model), group_of(("context", d, m), c, grid.cp)),
             is_reporter=has_losses and m % grid.tp == 0 and c == 0,
             has_losses=has_losses,
         )

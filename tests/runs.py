@@ -33,7 +33,7 @@ def two_groups(parameters: Any, lr: float = 1e-2) -> torch.optim.Optimizer:
 
 
 class Run:
-    """A model and its optimiser, fed with random gradients that depend on the step alone."""
+    """A model and its optimizer, fed with random gradients that depend on the step alone."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Run:
             self.optimizer.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Copies of all tensors of the model and the optimiser, by name."""
+        """Copies of all tensors of the model and the optimizer, by name."""
         found = {f"model.{n}": t.detach().clone() for n, t in self.model.state_dict().items()}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter, entries in self.optimizer.state.items():

@@ -43,7 +43,7 @@ class Model(torch.nn.Module):
 
 
 def make() -> tuple[Model, torch.optim.Optimizer]:
-    """A fresh model and optimiser, the same each time."""
+    """A fresh model and optimizer, the same each time."""
     model = Model()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
@@ -80,7 +80,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 def load(folder: Path, step: int | None = None) -> tuple[Model, dict[str, Any]]:
-    """Load into a fresh model and optimiser, in bounded memory."""
+    """Load into a fresh model and optimizer, in bounded memory."""
     model, optimizer = make()
     with Checkpointer(folder, CONFIG, group=SoloGroup()) as checkpointer, bounded_memory():
         return model, checkpointer.load(model, optimizer, step=step)

@@ -1,4 +1,4 @@
-"""Optimisers that do what a mask from outside cannot be right under, as some of other people's do."""
+"""Optimizers that do what a mask from outside cannot be right under, as some of other people's do."""
 
 from __future__ import annotations
 

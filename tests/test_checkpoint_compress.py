@@ -18,7 +18,7 @@ from effx_dist.checkpoint.storage.step_names import step_name
 from effx_dist.checkpoint.storage.steps import committed_steps
 from effx_dist.checkpoint.tools.compress import CompressReport, ReadOptions, compress_series
 from effx_dist.checkpoint.tools.compress.content import PlainContent
-from effx_dist.checkpoint.tools.compress.division import Division
+from effx_dist.checkpoint.tools.compress.share import Division
 from effx_dist.checkpoint.tools.compress.torch_file import open_torch_file
 from effx_dist.checkpoint.tools.convert import convert_checkpoint
 from effx_dist.config import ExcpConfig

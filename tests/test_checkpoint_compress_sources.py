@@ -22,14 +22,7 @@ from effx_dist.errors import ConfigError, CorruptCheckpointError
 from effx_dist.shard import Box, Group, SoloGroup, run_ranks
 from tests import plain_series as plain
 from tests.deepspeed_checkpoint_runs import State, sharded, state_of_fsdp, train_fsdp
-from tests.plain_series import (
-    LOSSLESS,
-    all_of_them,
-    assert_same,
-    compressed,
-    named_state,
-    trained,
-)
+from tests.plain_series import LOSSLESS, all_of_them, assert_same, compressed, named_state, trained
 from tests.ranks import spawn
 
 

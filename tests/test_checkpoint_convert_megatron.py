@@ -89,7 +89,7 @@ def logits_of_megatron(folder: Path) -> dict[str, torch.Tensor]:
     from tests import megatron_runs as runs  # before megatron, which it makes run on a CPU
 
     # isort: split
-    from effx_dist.engines.megatron.description import description_of
+    from effx_dist.engines.megatron.checkpoint import description_of
 
     found = {}
     for name, difference in MODELS.items():

@@ -214,10 +214,7 @@ def test_what_may_not_last_is_not_published(
 @pytest.mark.parametrize("clear", [claim_step_folder, lambda step: remove_leftovers(step.parent)])
 @pytest.mark.parametrize("moment", ["move", "remove"])
 def test_a_save_that_is_removed_is_published_whole_or_never(
-    moment: str,
-    clear: Callable[[Location], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    moment: str, clear: Callable[[Location], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another job commits just before a removal's first look at its folder, or before its first
     deletion."""

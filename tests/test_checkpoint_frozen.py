@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, ExcpReader, set_max_decoded_bytes, verify_folder
-from effx_dist.checkpoint.format import bounds
+from effx_dist.checkpoint.format import whole_tensors as bounds
 from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL, Delta
 from effx_dist.checkpoint.format.reader import open_checkpoint, read_manifest
 from effx_dist.checkpoint.storage.step_names import step_name
@@ -185,12 +185,7 @@ def test_repeated_elements_come_back(numel: int, itemsize: int, data: st.DataObj
 
 def declare(folder: Path, name: str, shape: list[int], **chunk: Any) -> None:
     whole = {"offsets": [0] * len(shape), "sizes": shape, **chunk}
-    record = {
-        "dtype": "float32",
-        "shape": shape,
-        "coding": {"kind": "planes"},
-        "chunks": [whole],
-    }
+    record = {"dtype": "float32", "shape": shape, "coding": {"kind": "planes"}, "chunks": [whole]}
     edit(folder, TOP, set_at("tensors", name, to=record))
 
 

@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 class Session:
-    """One world's model, optimiser and mesh. Gradients are whole, equal on all ranks, by step."""
+    """One world's model, optimizer and mesh. Gradients are whole, equal on all ranks, by step."""
 
     def __init__(self, layout: str, optimizer: str = "cautious") -> None:
         self.model: nn.Module = Model()

@@ -18,11 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
@@ -98,7 +94,7 @@ def distributed(layout: str) -> nn.Module:
 
 
 class Session:
-    """One world's model and optimiser, fed with whole gradients that depend on the step alone."""
+    """One world's model and optimizer, fed with whole gradients that depend on the step alone."""
 
     def __init__(self, layout: str) -> None:
         self.model = distributed(layout)

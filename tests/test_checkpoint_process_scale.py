@@ -16,9 +16,8 @@ from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.checkpointer import MAX_OPEN, CheckpointersByFolder
-from effx_dist.checkpoint.saving.arena import Bundle, shared_bytes, view_at
 from effx_dist.checkpoint.saving.executor import ProcessExecutor
-from effx_dist.checkpoint.saving.staging import Staging
+from effx_dist.checkpoint.saving.staging import Bundle, Staging, shared_bytes, view_at
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import RankFailedError
 

@@ -1,4 +1,4 @@
-"""What a Checkpointer saves comes back: every optimiser's state, groups, generators, rows, extras."""
+"""What a Checkpointer saves comes back: every optimizer's state, groups, generators, rows, extras."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_parameters_in_another_memory_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("into", ["fresh", "used"])
 def test_a_save_before_the_first_step(into: str, tmp_path: Path) -> None:
-    """The optimiser has no state yet; one that has some loses it."""
+    """The optimizer has no state yet; one that has some loses it."""
     run, other = Run(), Run(seed=9)
     if into == "used":
         other.train(2)
@@ -150,7 +150,7 @@ def test_a_parameter_that_has_had_no_gradient_yet(into: str, tmp_path: Path) -> 
     same_bits(runs[1].state(), runs[0].state())
 
 
-def test_a_fresh_optimiser_whose_parameters_have_gradients(tmp_path: Path) -> None:
+def test_a_fresh_optimizer_whose_parameters_have_gradients(tmp_path: Path) -> None:
     """As after a backward pass that no step followed; the gradients stay."""
     run, other = Run(), Run(seed=9)
     run.train(2)

@@ -155,10 +155,7 @@ def test_copies_that_differ_are_noticed() -> None:
     run_ranks(2, body)
 
 
-@given(
-    st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=30),
-    st.data(),
-)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=30), st.data())
 def test_a_hash_sees_every_value_and_its_place(words: list[int], data: st.DataObject) -> None:
     values = np.array(words, dtype=np.uint32)
     places = np.arange(values.size)

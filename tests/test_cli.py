@@ -341,7 +341,7 @@ def test_doctor_survives_a_torch_that_does_not_import(
     assert found.missing == ("torch",)
     assert str(fault) in " ".join(part.note for part in found.packages)
     features = {part.name: part.found for part in found.features}
-    assert features["cautious optimisers"] == features["several ranks"] == "no"
+    assert features["cautious optimizers"] == features["several ranks"] == "no"
 
 
 def test_doctor_without_any_package_lists_all_as_missing(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effx_dist.core.excp import JointArrays
-from effx_dist.core.excp.lloyd import lloyd
+from effx_dist.core.excp.centroids import lloyd
 from tests.excp_pieces import must_build
 
 

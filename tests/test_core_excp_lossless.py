@@ -7,12 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
-from effx_dist.core.excp import (
-    delta_bits,
-    folded_delta,
-    undo_delta_bits,
-    undo_folded_delta_,
-)
+from effx_dist.core.excp import delta_bits, folded_delta, undo_delta_bits, undo_folded_delta_
 
 TYPES = ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u8", "?"]
 

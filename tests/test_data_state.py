@@ -30,7 +30,7 @@ def _uninterrupted(layout: Layout, settings: dict[str, Any]) -> list[Merged]:
 def _save(
     layout: Layout, settings: dict[str, Any], epoch: int, num_steps: int
 ) -> list[dict[str, Any]]:
-    """States of all ranks after ``num_steps`` optimiser steps of ``epoch``."""
+    """States of all ranks after ``num_steps`` optimizer steps of ``epoch``."""
 
     def body(group):
         sampler = make(group, layout, **settings)

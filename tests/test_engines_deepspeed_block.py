@@ -17,12 +17,7 @@ from torch import nn
 
 from effx_dist.errors import ConfigError
 from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD, CautiousWrapper
-from tests.deepspeed_runs import (
-    BASE,
-    BLOCK,
-    merged,
-    needs_deepspeed,
-)
+from tests.deepspeed_runs import BASE, BLOCK, merged, needs_deepspeed
 
 pytestmark = [
     pytest.mark.deepspeed,
@@ -42,7 +37,7 @@ def read(config: Any = None, args: Any = None, config_params: Any = None) -> Any
 
 
 def prepared(config: dict[str, Any], optimizer: Any = None) -> Any:
-    """What is given to DeepSpeed as the optimiser; made, where it is a callable."""
+    """What is given to DeepSpeed as the optimizer; made, where it is a callable."""
     from effx_dist.engines.deepspeed.cautious import prepare
 
     found = prepare(optimizer, read(merged(config)))
@@ -84,8 +79,7 @@ class TestWhereItIsFound:
         assert read(text).cautious is not None
 
     @pytest.mark.parametrize(
-        "block",
-        [{}, {"effx": None}, {"effx": {}}, {"effx": {"cautious": {"enabled": False}}}],
+        "block", [{}, {"effx": None}, {"effx": {}}, {"effx": {"cautious": {"enabled": False}}}]
     )
     def test_nowhere(self, block: dict[str, Any]) -> None:
         assert read(merged(BASE, block)) is None

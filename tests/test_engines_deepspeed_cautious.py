@@ -1,4 +1,4 @@
-"""Cautious optimisers under DeepSpeed equal one process bit for bit, where DeepSpeed's own AdamW does."""
+"""Cautious optimizers under DeepSpeed equal one process bit for bit, where DeepSpeed's own AdamW does."""
 
 from __future__ import annotations
 
@@ -164,13 +164,13 @@ class Run:
     differing: list[str] = field(default_factory=list)
     """When, and the name of what was not as in one process."""
     sent: list[list[str]] = field(default_factory=list)
-    """Collectives, by call of the base optimiser's step(), after the first engine step."""
+    """Collectives, by call of the base optimizer's step(), after the first engine step."""
     unfit: list[str] = field(default_factory=list)
     """Tensors that the compiled step cannot take as they lie."""
 
 
 class Watch:
-    """Sees what the base optimiser is stepped with, and what it sends."""
+    """Sees what the base optimizer is stepped with, and what it sends."""
 
     def __init__(self, engine: Any, run: Run) -> None:
         self._engine = engine
@@ -205,7 +205,7 @@ class Watch:
 def train(case: Case, config: dict[str, Any], one_process: Make, spoil: bool = False) -> Run:
     """Train an engine, and one process with the gradients that the engine steps with.
 
-    Where ``spoil``, the optimiser is told that each flat tensor is one parameter, whole on its rank.
+    Where ``spoil``, the optimizer is told that each flat tensor is one parameter, whole on its rank.
     """
     from effx_dist import deepspeed
 

@@ -102,10 +102,7 @@ def plain_loop(folder: Path) -> dict[str, Any]:
     monitor = {"enabled": True, "output_path": str(folder), "job_name": "plain"}
     config = merged(BASE, {"zero_optimization": {"stage": 1}, "csv_monitor": monitor})
     engine, _, loader, _ = start(
-        config,
-        optimizer=torch.optim.SGD,
-        training_data=Rows(),
-        collate_fn=pairs_only,
+        config, optimizer=torch.optim.SGD, training_data=Rows(), collate_fn=pairs_only
     )
     epochs, lengths, weights = [], [], [engine.module.weight.detach().clone()]
     for epoch in range(NUM_EPOCHS):
@@ -218,7 +215,7 @@ def joined(lists: Iterable[list[T]]) -> list[T]:
 
 
 def global_batches(of_ranks: list[list[list[int]]]) -> list[list[int]]:
-    """Ids of every optimiser step, sorted, from each rank's micro-batches."""
+    """Ids of every optimizer step, sorted, from each rank's micro-batches."""
     micro = [joined(parts) for parts in zip(*of_ranks, strict=True)]
     steps = range(0, len(micro), ACCUMULATED)
     return [sorted(joined(micro[step : step + ACCUMULATED])) for step in steps]

@@ -71,17 +71,14 @@ def engines(folder: Path) -> dict[str, Any]:
 
 
 def scheduled(deepspeed: Any) -> list[float]:
-    """The learning rates that the cautious optimiser steps with, under a scheduler that the user made over
-    the optimiser that it replaced.
+    """The learning rates that the cautious optimizer steps with, under a scheduler that the user made over
+    the optimizer that it replaced.
     """
     model = Model()
     given = torch.optim.AdamW(two_groups(model), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(given, lambda step: 0.5**step)
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=given,
-        lr_scheduler=scheduler,
-        config=merged(BASE, BLOCK, zero(1)),
+        model=model, optimizer=given, lr_scheduler=scheduler, config=merged(BASE, BLOCK, zero(1))
     )
     seen: list[float] = []
     engine.basic_optimizer.register_step_pre_hook(

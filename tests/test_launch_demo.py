@@ -72,10 +72,7 @@ def test_saved_samples_are_those_the_standing_run_did_not_process(tmp_path: Path
         log.event("resume", step=6)
         log.log(7, {"train/loss": 2.0, "effx/infobatch/samples_saved": 290.0}, samples=700)
     plain, effx = (read_run(tmp_path / name) for name in ("plain", "effx"))
-    assert demo.sample_cells(plain, effx) == (
-        "1,000",
-        "700 (300 = 30.0% saved; 290 pruned)",
-    )
+    assert demo.sample_cells(plain, effx) == ("1,000", "700 (300 = 30.0% saved; 290 pruned)")
 
 
 def test_a_run_without_a_result_is_a_failure(tmp_path: Path) -> None:

@@ -30,10 +30,7 @@ DEMO = Path(__file__).parents[1] / "configs" / "llama_demo_fsdp2.toml"
 
 def train_settings(global_batch_size: int, micro_batch_size: int) -> TrainSettings:
     return TrainSettings(
-        num_epochs=1,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        lr=1.0,
+        num_epochs=1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, lr=1.0
     )
 
 

@@ -18,7 +18,7 @@ import hashlib, logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 from effx_dist.checkpoint import coding
 from effx_dist.core.excp import JointArrays
-from effx_dist.native.excp import kernels
+from effx_dist.native.kernels import kernels
 from tests.excp_pieces import must_build, whole_tensor
 for _ in range(2):
     arrays = whole_tensor(0, 5000)

@@ -1,4 +1,4 @@
-"""The optimisers on one device: what torch.optim lets callers do, and what is refused."""
+"""The optimizers on one device: what torch.optim lets callers do, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 
 
 def trained(optimizer: Callable[..., CautiousOptimizer], num_steps: int, **options: Any) -> Any:
-    """An optimiser over two parameters after some steps."""
+    """An optimizer over two parameters after some steps."""
     params = [normal(seed, (4, 3)).requires_grad_() for seed in (1, 2)]
     opt = optimizer(params, **options)
     step_on(opt, range(num_steps))

@@ -249,7 +249,7 @@ def test_a_flat_tensor_in_the_place_of_the_parameters_is_refused_without_a_map()
     opt = CautiousAdamW(params)
     flat = torch.ones(
         5, requires_grad=True
-    )  # what ZeRO puts into the groups of the optimiser given to it
+    )  # what ZeRO puts into the groups of the optimizer given to it
     opt.param_groups[0]["params"] = [flat]
     flat.grad = torch.ones(5)
     with pytest.raises(

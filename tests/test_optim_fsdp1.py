@@ -1,4 +1,4 @@
-"""The optimisers under FullyShardedDataParallel equal one process, bit for bit, by its shard map."""
+"""The optimizers under FullyShardedDataParallel equal one process, bit for bit, by its shard map."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FullyShardedDataParallel as Fsdp,
-)
-from torch.distributed.fsdp import (
-    ShardingStrategy,
-)
+from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
+from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from effx_dist.engines import fsdp1
@@ -119,7 +115,7 @@ class Fsdp1Session(Session):
         return self._wholes[name]
 
     def _local_values(self) -> list[dict[str, torch.Tensor]]:
-        """The parameter and its state of each of the optimiser's tensors, as this rank has them."""
+        """The parameter and its state of each of the optimizer's tensors, as this rank has them."""
         return [
             {"param": param.detach(), **self.optimizer.state.get(param, {})}
             for group in self.optimizer.param_groups

@@ -1,4 +1,4 @@
-"""What would make a mask silently wrong is refused by name: strangers in the parameters' place, inner optimisers with
+"""What would make a mask silently wrong is refused by name: strangers in the parameters' place, inner optimizers with
 weights or gradients of their own, a gradient on some ranks only. And the arguments that other people pass."""
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class TestStrangers:
         steps(optimizer, params, 1)
 
 
-# What an inner optimiser does
+# What an inner optimizer does
 
 
 @pytest.mark.parametrize("how", ["in place", "foreach", "data", "replaced"])

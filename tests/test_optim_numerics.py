@@ -1,4 +1,4 @@
-"""The optimisers on one device: the papers' formulas, dtypes, NaN, and what the host reads."""
+"""The optimizers on one device: the papers' formulas, dtypes, NaN, and what the host reads."""
 
 from __future__ import annotations
 

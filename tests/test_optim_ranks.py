@@ -1,4 +1,4 @@
-"""The optimisers on real ranks: FSDP2, HSDP, DDP and DTensors equal one process, bit for bit.
+"""The optimizers on real ranks: FSDP2, HSDP, DDP and DTensors equal one process, bit for bit.
 
 All that needs one number of ranks runs in one spawn, since starting ranks is what these tests cost.
 """
@@ -29,11 +29,7 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from effx_dist.errors import LayoutMismatchError
@@ -99,7 +95,7 @@ def train(model: nn.Module, opt: CautiousOptimizer, steps: range) -> None:
 
 
 def check_state_dict(options: StateDictOptions) -> None:
-    """torch's own helpers carry the state, sharded or whole, into a fresh model and optimiser."""
+    """torch's own helpers carry the state, sharded or whole, into a fresh model and optimizer."""
     model, opt = sharded_and_trained(2)
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
     moments = saved["state"]["0.weight"]

@@ -1,4 +1,4 @@
-"""The optimisers where sharding is out of the ordinary: several meshes, sub-meshes, offloading, ZeRO by
+"""The optimizers where sharding is out of the ordinary: several meshes, sub-meshes, offloading, ZeRO by
 DDP; and what a step sends.
 
 All that needs one number of ranks runs in one spawn, since starting ranks is what these tests cost.
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from effx_dist.optim import CautiousAdamW, CautiousLion
 from effx_dist.optim.base import CautiousOptimizer
 from effx_dist.shard import Group, ShardMap, WholeTensor, pieces_of_flat_range, run_ranks
-from effx_dist.shard.mesh import JointGroup
+from effx_dist.shard.group import JointGroup
 from tests.conformance import cautious as conformance
 from tests.conformance.cautious import SCENARIOS, SHAPES, Engine, Scenario, TensorSession
 from tests.optim_runs import (

@@ -1,4 +1,4 @@
-"""The cautious optimisers keep torch.optim's conventions: states, scalers, hooks, graphs, clipping."""
+"""The cautious optimizers keep torch.optim's conventions: states, scalers, hooks, graphs, clipping."""
 
 from __future__ import annotations
 

@@ -197,4 +197,4 @@ class TestOnAGPU:
                 param.grad.copy_(other.grad)
             graph.replay()
             theirs.step()
-            checks.assert_same_optimisers(ours, theirs)
+            checks.assert_same_optimizers(ours, theirs)

@@ -1,4 +1,4 @@
-"""Any optimiser made cautious from outside, on one device: its arithmetic."""
+"""Any optimizer made cautious from outside, on one device: its arithmetic."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from torch.optim import Optimizer
 
 import effx_dist
 from effx_dist.errors import ConfigError, LayoutMismatchError
-from effx_dist.optim import (
-    CautiousAdamW,
-    CautiousLion,
-    CautiousSGD,
-    CautiousWrapper,
-    cautious,
-)
+from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD, CautiousWrapper, cautious
 from tests.inner_optimizers import NormalisedMomentum, PlainLion
 
 NAN, INF = float("nan"), float("inf")
@@ -72,16 +66,8 @@ CASES: list[tuple[Callable[..., Optimizer], dict[str, Any], bool]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, False),
     (torch.optim.RMSprop, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.2}, False),
     (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.2}, False),
-    (
-        torch.optim.NAdam,
-        {"lr": 0.02, "weight_decay": 0.2, "decoupled_weight_decay": True},
-        True,
-    ),
-    (
-        torch.optim.RAdam,
-        {"lr": 0.02, "weight_decay": 0.2, "decoupled_weight_decay": True},
-        True,
-    ),
+    (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.2, "decoupled_weight_decay": True}, True),
+    (torch.optim.RAdam, {"lr": 0.02, "weight_decay": 0.2, "decoupled_weight_decay": True}, True),
     (torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.2}, False),
     (torch.optim.Adamax, {"lr": 0.02}, False),
     (torch.optim.Adadelta, {"lr": 0.5, "weight_decay": 0.5}, False),
@@ -100,7 +86,7 @@ CASES: list[tuple[Callable[..., Optimizer], dict[str, Any], bool]] = [
 def test_follows_the_formula_for_any_rule(
     make: Callable[..., Optimizer], options: dict[str, Any], is_decoupled: bool
 ) -> None:
-    """Beside it the bare optimiser steps from the same parameters, and NumPy masks what it did."""
+    """Beside it the bare optimizer steps from the same parameters, and NumPy masks what it did."""
     shapes = [(40, 7), (5, 1), (1, 3), (2, 2)]
     if make is not torch.optim.Adafactor:  # it has no moments of an empty or 0-d parameter
         shapes = [*SHAPES, *shapes]  # type: ignore[list-item]
@@ -130,7 +116,7 @@ def test_follows_the_formula_for_any_rule(
     assert any(0 < value < 1 for value in wrapped.alignment.values()) == has_momentum_or_decay
 
 
-# A wrapped optimiser beside the one that is cautious itself.
+# A wrapped optimizer beside the one that is cautious itself.
 PAIRS: dict[str, tuple[Callable[..., Optimizer], Callable[..., Any]]] = {
     "adamw": (
         lambda params: CautiousAdamW(params, lr=0.05, weight_decay=0.2),
@@ -162,7 +148,7 @@ PAIRS: dict[str, tuple[Callable[..., Optimizer], Callable[..., Any]]] = {
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_is_the_optimiser_that_is_cautious_itself(pair: str) -> None:
+def test_is_the_optimizer_that_is_cautious_itself(pair: str) -> None:
     make_own, make_wrapped = PAIRS[pair]
     own, wrapped = make_own(new_params()), make_wrapped(new_params())
     for step in range(NUM_STEPS):
@@ -175,7 +161,7 @@ def test_is_the_optimiser_that_is_cautious_itself(pair: str) -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-def test_without_disagreement_it_is_the_bare_optimiser_with_its_decay() -> None:
+def test_without_disagreement_it_is_the_bare_optimizer_with_its_decay() -> None:
     options: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3}
     wrapped = cautious(torch.optim.AdamW(new_params(), **options))
     bare = torch.optim.AdamW(new_params(), **options)
@@ -244,7 +230,7 @@ def test_half_parameters_are_scaled_in_float32_and_rounded_once(dtype: torch.dty
             assert torch.equal(params_of(wrapped)[index], expected)
 
 
-def test_nan_and_infinity_reach_the_parameter_as_in_the_bare_optimiser() -> None:
+def test_nan_and_infinity_reach_the_parameter_as_in_the_bare_optimizer() -> None:
     grad = torch.tensor([1.0, NAN, -1.0, INF])
     for make in (torch.optim.Adam, torch.optim.SGD):
         wrapped, bare = (torch.ones(4, requires_grad=True) for _ in range(2))

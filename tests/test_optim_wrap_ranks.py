@@ -1,4 +1,4 @@
-"""A wrapped optimiser on several ranks equals one process: threads with flat pieces, FSDP2 for real."""
+"""A wrapped optimizer on several ranks equals one process: threads with flat pieces, FSDP2 for real."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FSDP2_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "scalar
 
 
 def wrapped(make: Callable[..., Optimizer], is_decoupled: bool | None = None) -> Any:
-    """What a scenario builds its optimiser with."""
+    """What a scenario builds its optimizer with."""
 
     def build(groups: Any, shard_map: Any = None) -> CautiousWrapper:
         return cautious(make(groups), decoupled_weight_decay=is_decoupled, shard_map=shard_map)
@@ -78,7 +78,7 @@ FLAT_SCENARIOS = [scenario for scenario in SCENARIOS if not scenario.without_gra
 
 
 class FlatSession(conformance.Session):
-    """All parameters in one flat tensor per group, cut anywhere: the inner optimiser sees that."""
+    """All parameters in one flat tensor per group, cut anywhere: the inner optimizer sees that."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ def whole_params(model: nn.Module) -> list[torch.Tensor]:
 
 
 def check_state_dict(options: StateDictOptions) -> None:
-    """Saved wrapped, loaded into a bare optimiser, saved from there, loaded wrapped."""
+    """Saved wrapped, loaded into a bare optimizer, saved from there, loaded wrapped."""
     model, bare_model, other = (sharded_model() for _ in range(3))
     opt = cautious(torch.optim.AdamW(model.parameters(), lr=0.02))
     bare = torch.optim.AdamW(bare_model.parameters(), lr=0.9)

@@ -1,4 +1,4 @@
-"""A wrapped optimiser is a torch optimiser: what torch lets callers do with one, and failures."""
+"""A wrapped optimizer is a torch optimizer: what torch lets callers do with one, and failures."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_groups_state_and_defaults_are_the_inner_ones_also_after_loading() -> No
     assert opt.state[opt.param_groups[0]["params"][0]]["step"] == 3
 
 
-def test_a_checkpoint_goes_into_the_bare_optimiser_and_back() -> None:
+def test_a_checkpoint_goes_into_the_bare_optimizer_and_back() -> None:
     opt = cautious(adamw())
     step_on(opt, range(2))
     saved = copy.deepcopy(opt.state_dict())
@@ -287,7 +287,7 @@ def test_a_failing_inner_step_leaves_parameters_and_decay_as_they_were() -> None
 
 
 class ChangesGradients(PlainLion):
-    """As optimisers do that build the update where the gradient lies."""
+    """As optimizers do that build the update where the gradient lies."""
 
     def _move(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         super()._move(param, grad.lerp_(self._moment(param, "exp_avg"), 0.9), group)

@@ -11,13 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effx_dist.errors import LayoutMismatchError
-from effx_dist.shard import (
-    Box,
-    boxes_to_flat_range,
-    flat_range_to_boxes,
-    flat_start,
-    whole_box,
-)
+from effx_dist.shard import Box, boxes_to_flat_range, flat_range_to_boxes, flat_start, whole_box
 
 Shape = tuple[int, ...]
 SHAPES = st.lists(st.integers(0, 6), max_size=4).map(tuple)

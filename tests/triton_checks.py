@@ -286,7 +286,7 @@ def scaled(
         setattr(opt, name, value)
 
 
-def assert_same_optimisers(
+def assert_same_optimizers(
     ours: CautiousOptimizer, theirs: CautiousOptimizer, max_ulps: int = 0
 ) -> None:
     assert ours.alignment == theirs.alignment
@@ -309,7 +309,7 @@ OPTIMISERS = [
 
 
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMISERS)
-def test_optimisers_take_the_same_steps(
+def test_optimizers_take_the_same_steps(
     optimizer: type[CautiousOptimizer], options: dict[str, Any]
 ) -> None:
     both = [
@@ -325,7 +325,7 @@ def test_optimisers_take_the_same_steps(
                 scaled(opt, torch.tensor(8.0), torch.tensor(float(step == 3)))
             opt.step()
             scaled(opt, None, None)
-        assert_same_optimisers(both[0], both[1])
+        assert_same_optimizers(both[0], both[1])
 
 
 class HostReads(TorchDispatchMode):

@@ -9,7 +9,7 @@ import sys
 
 from effx_dist.checkpoint.checkpointer import Checkpointer
 from effx_dist.checkpoint.format import manifest
-from effx_dist.checkpoint.format.bounds import set_max_decoded_bytes
+from effx_dist.checkpoint.format.whole_tensors import set_max_decoded_bytes
 from effx_dist.checkpoint.loading.dcp_reader import ExcpReader
 from effx_dist.checkpoint.saving import drive, writer
 from effx_dist.checkpoint.saving.chain import Chain

@@ -23,7 +23,7 @@ from effx_dist.codecs.streams import (
     write_varint,
 )
 from effx_dist.codecs.zstd import zstd_content_bytes, zstd_decode
-from effx_dist.native import excp as native
+from effx_dist.native import kernels as native
 
 _STREAMS = 1
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"

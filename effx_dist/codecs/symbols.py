@@ -19,7 +19,7 @@ from numcodecs.abc import Codec
 from numcodecs.compat import ensure_bytes, ensure_contiguous_ndarray, ndarray_copy
 
 from effx_dist.codecs.streams import U8, Reader, decode_stream, encode_stream, write_varint
-from effx_dist.native import excp as native
+from effx_dist.native import kernels as native
 
 _ALL_ZERO, _NONE_ZERO, _MIXED = range(3)
 _LARGE = 15

@@ -19,6 +19,9 @@ shape and a floating dtype. No communication is performed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from effx_dist.core.update_rules import Scalar
@@ -89,3 +92,11 @@ def cautious_step_(
     does in AdamW.
     """
     param.sub_((update * mask).mul_(step_size))
+
+
+def alignment_metrics(alignment: Mapping[Any, float]) -> dict[str, float]:
+    """The mean of a cautious optimizer's ``alignment`` over its parameters, by its name in logs; empty
+    before the first step. No communication is performed."""
+    if not alignment:
+        return {}
+    return {"effx/cautious/alignment": sum(map(float, alignment.values())) / len(alignment)}

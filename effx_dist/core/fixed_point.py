@@ -4,6 +4,9 @@ Floating-point addition rounds differently in every order; integer addition does
 ``round(x * 2**k)`` in int64, with the largest ``k`` at which the sum of all terms of all ranks cannot overflow,
 integers are added, and the total goes back. A rounded value is off by at most ``2**-(k + 1)``: with n terms, about
 ``max|x| * n * 2**-62``. No communication is performed here: callers merge ``max|x|`` and the sums over ranks.
+
+Where values are summed block by block, integers of at most 35 bits are held in float64: a block's sum stays below 2^53,
+where float64 adds integers exactly (np.bincount, np.sum), and the whole tensor's sum below 2^62, in int64.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 _SUM_BITS = 62
+_EXACT_BITS = 53
+_BLOCK_BITS = 18
+BLOCK_VALUES = 1 << _BLOCK_BITS
+"""Values worked on at once: temporaries stay in cache, and sums within a block stay exact."""
 
 
 def scale_exponent(max_abs: float, num_terms: int) -> int:
@@ -85,3 +92,36 @@ def means_by_bucket(
             for total, count, exponent in zip(totals, counts, exponents.tolist(), strict=True)
         ]
     )
+
+
+def block_exponent(limit: float, global_numel: int) -> int:
+    """k for values of magnitude <= limit in a whole tensor of global_numel values, summed block by block."""
+    if limit == 0.0:
+        return 0
+    exponent = _EXACT_BITS - _BLOCK_BITS - math.frexp(limit)[1]
+    return min(exponent, scale_exponent(limit, global_numel))
+
+
+def fixed_floats(values: npt.NDArray[np.floating], exponent: int) -> npt.NDArray[np.float64]:
+    """rint(values * 2^exponent) of one block: integers, held in float64."""
+    scaled: npt.NDArray[np.float64] = np.multiply(
+        values, math.ldexp(1.0, exponent), dtype=np.float64
+    )
+    return np.rint(scaled, out=scaled)
+
+
+def fixed_sum(values: npt.NDArray[np.floating], exponent: int) -> int:
+    """Sum of one block in fixed point."""
+    return int(fixed_floats(values, exponent).sum())
+
+
+def count_by(index: npt.NDArray[np.integer], length: int) -> npt.NDArray[np.int64]:
+    """How many values of one block fall in each of ``length`` cells."""
+    return np.bincount(index, minlength=length).astype(np.int64, copy=False)
+
+
+def sum_by(
+    index: npt.NDArray[np.integer], integers: npt.NDArray[np.float64], length: int
+) -> npt.NDArray[np.int64]:
+    """Sums of one block's integers (held in float64) over each of ``length`` cells; exact."""
+    return np.bincount(index, weights=integers, minlength=length).astype(np.int64)

@@ -46,11 +46,7 @@ def full_epochs(num_epochs: int, delta: float) -> tuple[int, ...]:
 
 
 def roles(
-    scores: npt.NDArray[np.float32],
-    first_id: int,
-    threshold: float,
-    prune_ratio: float,
-    key: int,
+    scores: npt.NDArray[np.float32], first_id: int, threshold: float, prune_ratio: float, key: int
 ) -> npt.NDArray[np.uint8]:
     """The keep rule: DROPPED, PLAIN (weight 1) or RESCALED (weight 1 / (1 - r)) for samples ``first_id + i``.
 

@@ -23,7 +23,7 @@ Scalar = float | torch.Tensor
 
 
 class UpdateRule(ABC):
-    """One optimiser's update.
+    """One optimizer's update.
 
     Attributes:
         name: what kernels call it.

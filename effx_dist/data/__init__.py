@@ -6,10 +6,4 @@ from effx_dist.data.messages import EffxWarning
 from effx_dist.data.sampler import InfoBatchSampler
 from effx_dist.data.schedule import ProgressLR
 
-__all__ = [
-    "EffxWarning",
-    "InfoBatchSampler",
-    "ProgressLR",
-    "sequence_losses",
-    "with_sample_ids",
-]
+__all__ = ["EffxWarning", "InfoBatchSampler", "ProgressLR", "sequence_losses", "with_sample_ids"]

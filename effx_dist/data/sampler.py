@@ -13,11 +13,9 @@ from torch.utils.data import Sampler
 
 from effx_dist.config import InfoBatchConfig
 from effx_dist.core.infobatch import STALENESS_BOUND
-from effx_dist.data.detached import detached
 from effx_dist.data.messages import Messages
-from effx_dist.data.peers import Peers
-from effx_dist.data.plan import EpochPlan
-from effx_dist.data.planner import Planner
+from effx_dist.data.peers import Peers, detached
+from effx_dist.data.plan import EpochPlan, Planner
 from effx_dist.data.recorder import LossRecorder, as_ids
 from effx_dist.data.scores import Flushed, ScoreBook, tell_all
 from effx_dist.data.slots import Ranks, whole_number
@@ -64,7 +62,7 @@ class InfoBatchSampler(Sampler[int]):
         score: "loss", a sample's last loss, or "relative", that minus the mean loss of the same stretch of training.
         drop_last: What does not fill a global batch is dropped, chosen uniformly at random (True), or padded with
             repeated samples of weight 0, spread over the epoch (False).
-        gradient_accumulation_steps: Micro-batches of one optimiser step.
+        gradient_accumulation_steps: Micro-batches of one optimizer step.
         group: The ranks that see different samples: a Group, a process group, or None for all there are. Tensor-,
             pipeline- and context-parallel peers must not be in it; they get the same samples.
         peers: Those, where not each of them has bit-equal losses, and which one's count. They take part in what is
@@ -138,8 +136,6 @@ class InfoBatchSampler(Sampler[int]):
             peers=peers,
             **config.model_dump(exclude={"enabled"}),
         )
-
-    # -- the epoch ---------------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
         """Begin ``epoch``: recorded losses go to their samples' owners, become scores, and a plan is made from them.
@@ -216,7 +212,7 @@ class InfoBatchSampler(Sampler[int]):
     def advance(self, num_samples: int) -> None:
         """Count samples of this rank that a peer weighs, where there are no losses (`Peers.has_losses`).
 
-        Called for whole optimiser steps, after them: the position is then the same on all peers. No communication is
+        Called for whole optimizer steps, after them: the position is then the same on all peers. No communication is
         performed.
 
         Raises:
@@ -237,10 +233,7 @@ class InfoBatchSampler(Sampler[int]):
             flushed = self._flush()
             self._counters.finished_epochs += flushed.min_consumed >= len(self._plan.local_ids)
             stale = self._book.take_scores(
-                self._plan.owned_stretches,
-                self.num_samples,
-                self.config.score == "relative",
-                group,
+                self._plan.owned_stretches, self.num_samples, self.config.score == "relative", group
             )
             if stale > STALENESS_BOUND and self._planner.is_ever_pruning():
                 self._messages.stale_scores(group, self._plan.epoch, stale)
@@ -274,8 +267,6 @@ class InfoBatchSampler(Sampler[int]):
         if flushed.num_nonfinite:
             self._messages.nonfinite_losses(self.group, self._counters.num_nonfinite)
         return flushed
-
-    # -- what can be read at any time, without communication ---------------------------------------------------------
 
     @property
     def group(self) -> Group:
@@ -318,6 +309,16 @@ class InfoBatchSampler(Sampler[int]):
         """Samples left out by pruning in the run so far, the whole of the current epoch included."""
         return self._counters.samples_saved
 
+    def metrics(self) -> dict[str, float]:
+        """Figures of the current plan and of the run so far, by their names in logs; a threshold only in an epoch
+        that is pruned."""
+        figures = {
+            "kept_fraction": self.kept_fraction,
+            "threshold": self.threshold_value,
+            "samples_saved": self.samples_saved,
+        }
+        return {f"effx/infobatch/{name}": float(x) for name, x in figures.items() if x is not None}
+
     @property
     def num_nonfinite(self) -> int:
         """Losses of all ranks that were NaN or infinite, up to the last `set_epoch` or `state_dict`."""
@@ -328,15 +329,13 @@ class InfoBatchSampler(Sampler[int]):
         """Epochs of which this rank has weighed every sample."""
         return self._counters.finished_epochs + bool(self._plan and not self.num_remaining)
 
-    # -- saved, and back ---------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: JSON values, and the scores that this rank owns as two `LocalRows`.
 
         **Collective: every rank of the group calls it**, not only the one that writes a file: losses recorded so far
         are sent to the owners of their samples first. Training may go on afterwards; the state is a copy.
 
-        Call it between optimiser steps. The position is that of the rank that has weighed least, in whole
+        Call it between optimizer steps. The position is that of the rank that has weighed least, in whole
         micro-batches.
         """
         position, span, pruned = 0, None, False

@@ -15,7 +15,7 @@ class ProgressLR:
     """Linear warm-up, then a half cosine down to ``min_ratio`` times each group's learning rate.
 
     Both are functions of the data consumed, in epochs, not of the step number, so that the rate reaches its end
-    exactly when the data does. Call ``step(sampler.progress)`` after ``sampler.weigh`` and before the optimiser's step:
+    exactly when the data does. Call ``step(sampler.progress)`` after ``sampler.weigh`` and before the optimizer's step:
     the batch in flight then counts as consumed and the first step of a warm-up is not taken at rate 0.
 
     The base rate of a group is its ``"initial_lr"`` where it has one, else its ``"lr"``, as in torch.optim. Rates held
@@ -88,7 +88,7 @@ class ProgressLR:
         """Take up the progress and the base rates, and set the groups' rates from them.
 
         Raises:
-            LayoutMismatchError: The optimiser has another number of groups.
+            LayoutMismatchError: The optimizer has another number of groups.
         """
         base_lrs = [float(lr) for lr in state["base_lrs"]]
         if len(base_lrs) != len(self.optimizer.param_groups):

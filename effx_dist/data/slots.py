@@ -42,7 +42,7 @@ class Batches:
     """How an epoch's slots fall into micro-batches: slot ``s`` (counted from the plan's first) belongs to micro-step
     ``s // (batch_size * size)`` and to rank ``s % (batch_size * size) // batch_size``.
 
-    An optimiser step takes ``global_batch`` consecutive slots, whichever way the product is made up.
+    An optimizer step takes ``global_batch`` consecutive slots, whichever way the product is made up.
     """
 
     batch_size: int
@@ -57,7 +57,7 @@ class Batches:
 
     @property
     def global_batch(self) -> int:
-        """Slots of one optimiser step."""
+        """Slots of one optimizer step."""
         return self.micro_step * self.num_accumulated
 
     def place(

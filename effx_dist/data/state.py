@@ -17,14 +17,7 @@ from effx_dist.shard import LocalRows
 
 VERSION = 1
 _ROWS = ("scores", "fresh_losses")
-_COUNTS = (
-    "epoch",
-    "position",
-    "samples_saved",
-    "num_nonfinite",
-    "finished_epochs",
-    "num_samples",
-)
+_COUNTS = ("epoch", "position", "samples_saved", "num_nonfinite", "finished_epochs", "num_samples")
 _SPAN = ("num_kept", "num_slots", "end_slot", "global_batch_size")
 
 

@@ -2,7 +2,7 @@
 flat tensors hold.
 
 FSDP1 lays the parameters of a unit one behind the other and cuts the row into equal parts, without
-regard to where a parameter begins. An optimiser gets the part (``use_orig_params=False``) or a 1-D
+regard to where a parameter begins. An optimizer gets the part (``use_orig_params=False``) or a 1-D
 view of it per parameter (``use_orig_params=True``), and neither tells what it is a part of.
 """
 
@@ -29,12 +29,12 @@ from effx_dist.shard import (
 
 
 def shard_map(model: nn.Module) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
-    """What tells an optimiser where the parameters of ``model`` lie::
+    """What tells an optimizer where the parameters of ``model`` lie::
 
         opt = CautiousAdamW(model.parameters(), shard_map=fsdp1.shard_map(model))
 
     ``model`` is, or has in it, FullyShardedDataParallel units of any sharding strategy, wrapped before
-    the optimiser is made. Under HYBRID_SHARD a parameter is spread over its shard group, and under
+    the optimizer is made. Under HYBRID_SHARD a parameter is spread over its shard group, and under
     NO_SHARD it is whole on each rank. Wholes are named as in the unwrapped model. The shape of one that
     is not contiguous is its number of elements: FSDP flattens it in the order in which it lies in memory.
     Parameters that no unit holds (ignored modules) are DTensors or whole on this rank.
@@ -66,7 +66,7 @@ def shard_map(model: nn.Module) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
 
 
 def _flattened(model: nn.Module) -> Iterator[tuple[torch.Tensor, list[Held]]]:
-    """What each parameter that a unit of ``model`` gives to optimisers holds."""
+    """What each parameter that a unit of ``model`` gives to optimizers holds."""
     for prefix, module in model.named_modules():
         handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
         if handle is None:
@@ -129,6 +129,6 @@ def _outside(name: str, param: torch.Tensor) -> list[Held]:
         flattens = ", ".join(getattr(param, "_fqns", ())) or "part of a parameter"
         raise LayoutMismatchError(
             f"{name} ({flattens}): a FullyShardedDataParallel unit holds it that is not in the model "
-            "of this shard map; call fsdp1.shard_map with the model whose parameters are optimised"
+            "of this shard map; call fsdp1.shard_map with the model whose parameters are optimized"
         )
     return [pieces_of_tensor(name, param)]

@@ -23,9 +23,7 @@ ALONE = -1
 
 
 def init(
-    device_type: str | None = None,
-    replicas: int = 1,
-    timeout: timedelta = timedelta(minutes=10),
+    device_type: str | None = None, replicas: int = 1, timeout: timedelta = timedelta(minutes=10)
 ) -> DeviceMesh:
     """Join the ranks that the launcher started and arrange them in a mesh.
 
@@ -76,10 +74,7 @@ def data_group(mesh: DeviceMesh) -> Group:
 
 
 def shard(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    layers: Iterable[nn.Module],
-    mixed_precision: bool = False,
+    model: nn.Module, mesh: DeviceMesh, layers: Iterable[nn.Module], mixed_precision: bool = False
 ) -> nn.Module:
     """Shard each of ``layers`` and then the model over the mesh, in place; returns it.
 

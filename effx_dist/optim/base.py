@@ -1,15 +1,15 @@
-"""What the cautious optimisers share: count, one all-reduce of the counts, step."""
+"""What the cautious optimizers share: count, one all-reduce of the counts, step."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch.optim.optimizer import ParamsT, StateDict
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from effx_dist.core import cautious
 from effx_dist.core.update_rules import UpdateRule
@@ -17,11 +17,98 @@ from effx_dist.errors import ConfigError
 from effx_dist.optim.clip import check_max_norm, clipping_factor, total_norm
 from effx_dist.optim.drawn_layouts import DrawnLayouts
 from effx_dist.optim.kernels import IMPLEMENTATIONS, Implementation
-from effx_dist.optim.masked import MaskedOptimizer
 from effx_dist.optim.param_layout import ParamLayout, ShardMapSource, check_dtypes
-from effx_dist.optim.state import mend_loaded_state
-from effx_dist.optim.step_plan import StepPlan, params_by_group, plan_step
+from effx_dist.optim.step_plan import StepPlan, mend_loaded_state, params_by_group, plan_step
 from effx_dist.optim.whole_counts import count_wholes
+
+
+def untraced(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's hook around ``step``, which torch.compile leaves as it is: the step consists of kernels
+    already, and a graph of it would break at every one."""
+    hooked: Callable[..., Any] = torch.compiler.disable(Optimizer.profile_hook_step(step))
+    return hooked
+
+
+class MaskedOptimizer(Optimizer):
+    """An optimizer whose update is masked by its agreement with the gradient; a subclass says how."""
+
+    _layouts: DrawnLayouts
+
+    profile_hook_step = staticmethod(untraced)  # type: ignore[assignment]
+
+    @property
+    def shard_map(self) -> ShardMapSource | None:
+        """Where this rank's pieces lie; None if drawn from the parameters themselves.
+
+        Set it where an engine replaces the parameters by flat local tensors: to a map with one
+        entry per parameter, or to a function that draws one from the list of parameters, called
+        each time that the list changes.
+        """
+        return self._layouts.source
+
+    @shard_map.setter
+    def shard_map(self, source: ShardMapSource | None) -> None:
+        self._layouts.source = source
+
+    @property
+    def alignment(self) -> dict[str | int, float]:
+        """Mean of the mask at the last step by whole parameter: the fraction that agreed in sign.
+
+        The key is the parameter's name where the optimizer knows it and its index otherwise.
+        Parameters that have not been stepped are left out, but read 0 on a rank whose flat tensors hold
+        nothing of them, which cannot tell. Reading it copies the counts, which the step has left where
+        they were, to the host; no communication is performed.
+        """
+        return self._layouts.alignment()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step. Every rank calls it. Returns the closure's loss, if there is a closure, which
+        runs once, before anything else.
+
+        A parameter without a gradient on this rank is not masked here. Engines give a gradient on
+        all ranks that share a parameter or on none (FSDP2 and DDP do). One all-reduce of 8 bytes per
+        whole parameter, as the class describes.
+
+        Raises:
+            ConfigError: ``implementation`` is not for the device of a parameter; or a wrapped optimizer
+                does in its own step what a mask from outside cannot follow.
+            LayoutMismatchError: a gradient is sparse, complex or laid out unlike its parameter, or
+                how a parameter is cut cannot be told, as where an engine has put flat partitions in the
+                place of those given here; on all ranks, where a DTensor has a gradient on some of its
+                ranks only. On this rank nothing was changed then (on an accelerator, where a step does
+                not wait for the counts, the last is found out two steps later).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._masked_step()
+        return loss
+
+    @abstractmethod
+    def _masked_step(self) -> None:
+        """The step itself, without gradients being recorded."""
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ConfigError for a parameter group that cannot be stepped."""
+
+    def _admit_last_group(self) -> None:
+        """Check the group that was added last, and take it out again if it is refused."""
+        try:
+            self._check_group(self.param_groups[-1])
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+        self._layouts.forget()
+        self._layouts.note_given(self.param_groups[-1]["params"])
 
 
 def refuse_options(**options: Any) -> None:
@@ -37,7 +124,7 @@ def refuse_options(**options: Any) -> None:
         if value != NEEDED_OPTIONS[name]:
             raise ConfigError(
                 f"{name}={value!r}: must be {NEEDED_OPTIONS[name]}; there is no cautious form of the other, and "
-                "going on without it would be another optimiser"
+                "going on without it would be another optimizer"
             )
 
 
@@ -47,11 +134,11 @@ NEEDED_OPTIONS = {
     "decoupled_weight_decay": True,
     "dampening": 0,
 }
-"""Options of torch's optimisers of the same names, and the one value of each that is done here."""
+"""Options of torch's optimizers of the same names, and the one value of each that is done here."""
 
 
 class CautiousOptimizer(MaskedOptimizer):
-    """Base of the cautious optimisers: a subclass gives the update rule, this class the step.
+    """Base of the cautious optimizers: a subclass gives the update rule, this class the step.
 
     ``step()`` walks twice over the parameters: it counts the elements that agree in sign, sums the
     counts over the ranks, and steps. It performs one all-reduce of one int64 vector, 8 bytes per
@@ -104,7 +191,7 @@ class CautiousOptimizer(MaskedOptimizer):
         In place of torch.nn.utils.clip_grad_norm_, and cheaper: both walks of the step multiply as
         they read, so that clipping writes nothing, and masking moves no more bytes than clipping by
         hand would. The gradients themselves stay unclipped. The norm is over all whole parameters of
-        this optimiser; a sum of floating-point numbers, it is the same on all ranks but depends on
+        this optimizer; a sum of floating-point numbers, it is the same on all ranks but depends on
         their number in its last bits. Where a GradScaler leaves unscaling to the step, it is the
         unscaled gradients that are clipped to ``max_norm``.
 
@@ -173,7 +260,7 @@ class CautiousOptimizer(MaskedOptimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As in torch, but the moments of 16-bit parameters stay in float32.
 
-        A state of the torch.optim optimiser of the same name may be loaded too: settings that it
+        A state of the torch.optim optimizer of the same name may be loaded too: settings that it
         lacks keep their defaults. No communication is performed.
 
         Raises:
@@ -195,7 +282,7 @@ class CautiousOptimizer(MaskedOptimizer):
             if group.get(name):
                 raise ConfigError(
                     f"{name}={group[name]} in the state to load: {type(self).__name__} has no {name}; "
-                    "going on without it would be another optimiser"
+                    "going on without it would be another optimizer"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,8 +9,7 @@ import torch
 
 from effx_dist.errors import ConfigError
 from effx_dist.optim.param_layout import ParamLayout
-from effx_dist.optim.state import HALF_DTYPES
-from effx_dist.optim.step_plan import GradParam
+from effx_dist.optim.step_plan import HALF_DTYPES, GradParam
 from effx_dist.shard import start_sum
 
 _CACHED_ELEMENTS = 1 << 16

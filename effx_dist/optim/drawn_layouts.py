@@ -15,7 +15,7 @@ from effx_dist.shard import ShardMap
 
 
 class DrawnLayouts:
-    """The layouts of one optimiser, one for each list of parameters that it was stepped with.
+    """The layouts of one optimizer, one for each list of parameters that it was stepped with.
 
     A copy, by pickle or deepcopy, starts without any. It refuses to draw one if the original had a
     shard map: that refers to process groups, and is not copied.
@@ -27,7 +27,7 @@ class DrawnLayouts:
         self._given: dict[int, ReferenceType[torch.Tensor]] | None = None
 
     def note_given(self, params: Iterable[torch.Tensor]) -> None:
-        """Parameters that the caller gave to the optimiser. Once there are some, a plain tensor that is
+        """Parameters that the caller gave to the optimizer. Once there are some, a plain tensor that is
         none of them is refused: an engine has put it in their place.
         """
         self._given = self._given or {}
@@ -83,7 +83,7 @@ def _refuse_strangers(
             if not isinstance(param, DTensor) and (known is None or known() is not param):
                 raise LayoutMismatchError(
                     f"parameter {index} of group {number}, of shape {tuple(param.shape)}, is none that "
-                    "this optimiser was given: an engine has put it in their place, and which parts of "
+                    "this optimizer was given: an engine has put it in their place, and which parts of "
                     "which parameters it holds cannot be told; under DeepSpeed use "
                     "effx_dist.deepspeed.initialize, elsewhere set opt.shard_map (for whole tensors to a "
                     "function that returns ShardMap.of_tensors of them)"
@@ -96,6 +96,6 @@ def _lost_shard_map(params: object) -> ShardMap:
     Stepping without one would silently scale by the mean of a local piece.
     """
     raise LayoutMismatchError(
-        "this optimiser is a copy of one that was given a shard map, which refers to process "
+        "this optimizer is a copy of one that was given a shard map, which refers to process "
         "groups and is not copied; set opt.shard_map before the first step"
     )

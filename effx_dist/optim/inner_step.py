@@ -1,4 +1,4 @@
-"""A wrapped optimiser's own step, and what it must not do there for a mask from outside to be right."""
+"""A wrapped optimizer's own step, and what it must not do there for a mask from outside to be right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CLOSE = 1e-3
 """Of the distance that a parameter has moved: a copy that is nearer to where it arrived follows it."""
 
 _STAYS = 0.75
-"""Of the distance between two stand-ins, what an optimiser leaves that steps the parameter itself; decay takes some.
+"""Of the distance between two stand-ins, what an optimizer leaves that steps the parameter itself; decay takes some.
 One that interpolates between the parameter and weights of its own (schedule-free) takes half of it at first."""
 
 _COLLECTIVES = ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd")
@@ -40,7 +40,7 @@ class Moved(NamedTuple):
 
 
 class InnerStep:
-    """Lets the inner optimiser step, and looks at what it does.
+    """Lets the inner optimizer step, and looks at what it does.
 
     Versions of the gradients are compared at every step. Not every change counts one (``.data``, foreach
     operations on DTensors), so the bits of the gradients are summed as well, and the inner state looked
@@ -57,9 +57,9 @@ class InnerStep:
         return type(self._optimizer).__name__
 
     def take(self, moves: Sequence[Moved]) -> None:
-        """Step. No communication but the inner optimiser's own is performed.
+        """Step. No communication but the inner optimizer's own is performed.
 
-        Raises ConfigError where the inner optimiser has changed a gradient, steps from weights of its
+        Raises ConfigError where the inner optimizer has changed a gradient, steps from weights of its
         own, or fails on DTensors.
         """
         self._num_steps += 1
@@ -74,7 +74,7 @@ class InnerStep:
             if _mark(move.param, is_look) != mark:
                 raise ConfigError(
                     f"optimizer={self._name}: must leave .grad as it is, to be compared with the update; it has "
-                    "changed a gradient in place (schedule-free optimisers and some Muons do); let it work on "
+                    "changed a gradient in place (schedule-free optimizers and some Muons do); let it work on "
                     "a copy"
                 )
         if is_look:
@@ -86,7 +86,7 @@ class InnerStep:
             return
         raise ConfigError(
             f"optimizer={self._name}: its own step fails on DTensors, as FSDP2 and tensor parallelism make "
-            f"them: {type(error).__name__}: {error}. That is this optimiser's limit and not the mask's: it "
+            f"them: {type(error).__name__}: {error}. That is this optimizer's limit and not the mask's: it "
             "fails in the same way without effx_dist.cautious. Use one that steps DTensors, or replicate "
             "its parameters (DDP)"
         ) from error
@@ -114,7 +114,7 @@ class InnerStep:
         raise ConfigError(
             f"optimizer={self._name}: keeps weights of its own ({where}) and steps from them, so that the "
             "next step would undo the mask; let it step the parameters themselves (float32, without "
-            "master weights), or make the optimiser inside it cautious"
+            "master weights), or make the optimizer inside it cautious"
         )
 
     def _listed(
@@ -131,7 +131,7 @@ def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
     """Whether another step brings a parameter that was moved far away back to one that was not.
 
     Two stand-ins have copies of the local parameter, one of them moved, and of its gradient and state; the
-    optimiser itself is left as it is. Where it cannot step local tensors alone, or without the other
+    optimizer itself is left as it is. Where it cannot step local tensors alone, or without the other
     ranks, that cannot be told, and is taken for no. No communication is performed.
     """
     away = move.local.double().abs().max() + 1
@@ -165,7 +165,7 @@ def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
 
 
 class _Alone(TorchDispatchMode):
-    """Collectives fail: one rank tries its optimiser out, and others need not, so that nobody would come."""
+    """Collectives fail: one rank tries its optimizer out, and others need not, so that nobody would come."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _COLLECTIVES:

@@ -1,4 +1,4 @@
-"""Which elements of an optimiser's local tensors belong to which whole parameter."""
+"""Which elements of an optimizer's local tensors belong to which whole parameter."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def draw_layout(groups: Iterable[dict[str, Any]], source: ShardMapSource | None)
     shard_map = source if isinstance(source, ShardMap) else source(params)
     if len(shard_map.pieces) != len(params):
         raise LayoutMismatchError(
-            f"the shard map describes {len(shard_map.pieces)} local tensors, the optimiser holds "
+            f"the shard map describes {len(shard_map.pieces)} local tensors, the optimizer holds "
             f"{len(params)} parameters; give one tuple of pieces per parameter, in their order"
         )
     flat_pieces = [
@@ -285,9 +285,7 @@ def _sharding(tensor: torch.Tensor) -> tuple[Any, ...]:
     return ("a plain tensor",)
 
 
-def _unique_params(
-    groups: Iterable[dict[str, Any]],
-) -> tuple[list[torch.Tensor], list[str | int]]:
+def _unique_params(groups: Iterable[dict[str, Any]]) -> tuple[list[torch.Tensor], list[str | int]]:
     found: dict[torch.Tensor, str | int] = {}
     index = 0
     for group in groups:

@@ -30,7 +30,7 @@ class CautiousSGD(CautiousOptimizer):
         p     = p - lr * scale * mask * u
 
     State: ``momentum_buffer``, as in torch.optim.SGD. Unlike there, weight decay is decoupled, as in
-    all optimisers here: it does not enter the buffer, and a state that is carried over from
+    all optimizers here: it does not enter the buffer, and a state that is carried over from
     torch.optim.SGD goes on with decoupled decay. There is no ``dampening``. Sharding, dtypes,
     communication, the other arguments and the errors are those of
     :class:`~effx_dist.optim.adamw.CautiousAdamW`.

@@ -10,10 +10,54 @@ import torch
 
 from effx_dist.core.update_rules import UpdateRule
 from effx_dist.optim.coefficients import Coefficients
-from effx_dist.optim.kernels import EagerKernels, Implementation, Item, Kernels, kernels_class
+from effx_dist.optim.kernels import (
+    EagerKernels,
+    Implementation,
+    Item,
+    Kernels,
+    kernels_class,
+    working_dtype,
+)
 from effx_dist.optim.param_layout import ParamLayout
-from effx_dist.optim.state import start_state
 from effx_dist.shard import local_of
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def start_state(
+    state: dict[str, Any], rule: UpdateRule, param: torch.Tensor, capturable: bool
+) -> None:
+    """Make the state of ``param`` on its first step: zeros, sharded as it is."""
+    if rule.counts_steps and "step" not in state:
+        # On the host unless asked otherwise: reading it must not wait for the device.
+        device = param.device if capturable else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    for name in rule.moment_names:
+        if state.get(name) is None:  # torch.optim.SGD keeps None without momentum
+            state[name] = torch.zeros_like(param, dtype=working_dtype(param))
+
+
+def mend_loaded_state(
+    state: dict[str, Any],
+    saved: dict[str, Any],
+    rule: UpdateRule,
+    param: torch.Tensor,
+    capturable: bool,
+) -> None:
+    """After torch has loaded ``saved`` into ``state``: moments unrounded, steps where they belong.
+
+    torch rounds each moment to its parameter's dtype and leaves the steps of a fused or capturable
+    optimizer on the device.
+    """
+    if param.dtype in HALF_DTYPES:
+        for name in rule.moment_names:
+            if isinstance(saved.get(name), torch.Tensor):
+                state[name] = saved[name].to(device=param.device, dtype=torch.float32)
+    if rule.counts_steps and "step" in state:
+        device = param.device if capturable else torch.device("cpu")
+        step = torch.as_tensor(state["step"], dtype=torch.float32)
+        state["step"] = step.detach().clone().to(device)
+
 
 ParamGroup = dict[str, Any]
 RuleOf = Callable[[Mapping[str, Any]], UpdateRule]
@@ -168,7 +212,7 @@ def _add_items(
     """Sort the pieces of a group's parameters that have elements into ``batches``.
 
     They are cut anew in every step: tensors that stay referred to from here could not be freed by
-    those who move an optimiser's state to the host in between.
+    those who move an optimizer's state to the host in between.
     """
     decays_cautiously = bool(group["cautious_weight_decay"])
     names, counted_pieces = rule.moment_names, layout.counted_pieces

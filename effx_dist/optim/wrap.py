@@ -1,34 +1,94 @@
-"""Any other optimiser made cautious, from outside."""
+"""Any other optimizer made cautious, from outside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
 
 from effx_dist.core.cautious import (
+    cautious_decay_,
+    cautious_step_,
+    count_agreement,
     decay_,
     scale_from_count,
+    signs_agree,
 )
 from effx_dist.core.update_rules import Scalar
 from effx_dist.errors import ConfigError
-from effx_dist.optim.base import CautiousOptimizer
+from effx_dist.optim.base import CautiousOptimizer, MaskedOptimizer
 from effx_dist.optim.drawn_layouts import DrawnLayouts
 from effx_dist.optim.inner_step import InnerStep, Moved
-from effx_dist.optim.masked import MaskedOptimizer
-from effx_dist.optim.moves import Move, by_bucket, count, mask
-from effx_dist.optim.param_layout import ShardMapSource, check_dtypes
+from effx_dist.optim.kernels import working_dtype
+from effx_dist.optim.param_layout import FlatPiece, ParamLayout, ShardMapSource, check_dtypes
 from effx_dist.optim.step_plan import GradParam, ParamGroup, params_by_group
 from effx_dist.optim.whole_counts import count_wholes
 from effx_dist.shard import local_of
 
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One parameter before the inner step, and its gradient."""
+
+    param: GradParam
+    local: torch.Tensor
+    """The parameter itself on this rank, moved by the inner step."""
+    before: torch.Tensor
+    decay: Scalar | None
+    """Factor of decoupled weight decay."""
+    ascends: bool
+    decays_cautiously: bool = False
+
+    def update(self, piece: FlatPiece) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a piece, in the dtype of the arithmetic: the parameter from which the inner step began,
+        in a tensor that may be ``before``; what that subtracted from it; and the gradient to descend.
+        """
+        old, new, grad = (piece.of(whole) for whole in (self.before, self.local, self.param.grad))
+        if self.decay is not None and not self.decays_cautiously:
+            old = old * self.decay  # the operation that decayed the parameter: the same bits
+        dtype = working_dtype(new)
+        old, grad = old.to(dtype), grad.to(dtype)
+        return old, old - new.to(dtype), -grad if self.ascends else grad
+
+
+def by_bucket(layout: ParamLayout, moves: Sequence[Move]) -> list[list[tuple[Move, FlatPiece]]]:
+    """The pieces that have elements."""
+    found: list[list[tuple[Move, FlatPiece]]] = [[] for _ in layout.buckets]
+    for move in moves:
+        for piece in layout.flat_pieces[move.param.place]:
+            if piece.of(move.local).numel():
+                found[layout.bucket_of[piece.whole_index]].append((move, piece))
+    return found
+
+
+def count(
+    layout: ParamLayout, items: Sequence[tuple[Move, FlatPiece]], counts: torch.Tensor
+) -> None:
+    """Add the elements that agree in sign to the slots of their wholes in ``counts``."""
+    for move, piece in items:
+        _, update, grad = move.update(piece)
+        slot = layout.slots[piece.whole_index]
+        counts[slot] += count_agreement(update, grad).to(counts.device)
+
+
+def mask(move: Move, piece: FlatPiece, scale: torch.Tensor) -> None:
+    """Take back what does not agree, scale the rest, and decay where that waits for the update."""
+    old, update, grad = move.update(piece)
+    if move.decays_cautiously:
+        assert move.decay is not None
+        cautious_decay_(old, update, move.decay)
+    cautious_step_(old, update, signs_agree(update, grad), scale.to(old))
+    piece.of(move.local).copy_(old)
+
+
 _ALWAYS_DECOUPLED = tuple(
     getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
 )
-"""Optimisers of torch that decouple the decay without a flag in the group that says so."""
+"""Optimizers of torch that decouple the decay without a flag in the group that says so."""
 
 
 def cautious(
@@ -38,7 +98,7 @@ def cautious(
     cautious_weight_decay: bool = False,
     shard_map: ShardMapSource | None = None,
 ) -> CautiousWrapper:
-    """Make any torch optimiser cautious (arXiv 2411.16085), at the price of a copy of the parameters.
+    """Make any torch optimizer cautious (arXiv 2411.16085), at the price of a copy of the parameters.
 
     CautiousAdamW, CautiousLion and CautiousSGD do without the copy and are faster; this is for all
     other update rules::
@@ -54,22 +114,22 @@ def cautious(
             rather than a part of the gradient. None: as the parameter group's
             ``decoupled_weight_decay`` says (torch's Adam, AdamW, NAdam and RAdam have it); as is
             known of torch's Adafactor and Muon, which decouple it; not decoupled otherwise. Say True
-            for an optimiser from elsewhere that decouples it, as Lion does.
+            for an optimizer from elsewhere that decouples it, as Lion does.
         cautious_weight_decay: decay only where the update and the parameter do not differ in sign
-            (arXiv 2510.12402), as in CautiousAdamW. For decoupled decay alone. The inner optimiser steps
+            (arXiv 2510.12402), as in CautiousAdamW. For decoupled decay alone. The inner optimizer steps
             from the parameter before its decay.
         shard_map: as in CautiousAdamW: where this rank's pieces lie, for engines that hand over flat
             local tensors.
 
     Raises:
-        ConfigError: ``optimizer`` is no torch optimiser, is cautious already, is LBFGS, has a parameter
+        ConfigError: ``optimizer`` is no torch optimizer, is cautious already, is LBFGS, has a parameter
             that is not of a floating dtype, or decays in its gradient where ``cautious_weight_decay``
             is asked for.
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"optimizer={type(optimizer).__name__}: must be a torch.optim.Optimizer; "
-            "wrap the optimiser itself, not what an engine has made of it"
+            "wrap the optimizer itself, not what an engine has made of it"
         )
     if isinstance(optimizer, CautiousOptimizer | CautiousWrapper):
         raise ConfigError(
@@ -78,15 +138,15 @@ def cautious(
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError(
             "optimizer=LBFGS: its step evaluates several gradients, so that there is no one "
-            "gradient to agree with; must be an optimiser that takes one gradient a step"
+            "gradient to agree with; must be an optimizer that takes one gradient a step"
         )
     return CautiousWrapper(optimizer, decoupled_weight_decay, shard_map, cautious_weight_decay)
 
 
 class CautiousWrapper(MaskedOptimizer):
-    """An optimiser whose steps are masked from outside; made by :func:`cautious`.
+    """An optimizer whose steps are masked from outside; made by :func:`cautious`.
 
-    ``step()`` lets the inner optimiser step, takes the difference as its update u (learning rate
+    ``step()`` lets the inner optimizer step, takes the difference as its update u (learning rate
     included), and keeps of it what agrees with the gradient g, over the n elements of a whole
     parameter::
 
@@ -96,11 +156,11 @@ class CautiousWrapper(MaskedOptimizer):
         scale = 1 / max(sum(mask) / n, 1e-3)
         p     = p - scale * mask * u
 
-    The inner optimiser's state advances as if it were alone. Decay that is not decoupled is part of
+    The inner optimizer's state advances as if it were alone. Decay that is not decoupled is part of
     u, and masked with it. ``step()`` performs one all-reduce of 8 bytes per whole parameter per set
     of groups, as CautiousOptimizer does, so that the mask's mean is that of whole parameters however
-    they are cut. Where the inner optimiser works element by element, n ranks do what one process
-    does as far as the inner optimiser itself does. torch's fused kernels on the CPU do not to the
+    they are cut. Where the inner optimizer works element by element, n ranks do what one process
+    does as far as the inner optimizer itself does. torch's fused kernels on the CPU do not to the
     last bit: they round the last elements of a local tensor unlike the others.
 
     Memory: one copy of this rank's parameters during the step, nothing between steps.
@@ -110,12 +170,12 @@ class CautiousWrapper(MaskedOptimizer):
     whose ulps are large: bfloat16 parameters hardly move at usual learning rates, masked or not. Keep
     float32 parameters beside them.
 
-    Optimisers that look at a whole matrix (torch.optim.Muon, Adafactor) may be wrapped where they see
+    Optimizers that look at a whole matrix (torch.optim.Muon, Adafactor) may be wrapped where they see
     it: on one device, under DDP, or as DTensors as far as they support them; flat pieces mean nothing
     to them. The mask then follows Muon's orthogonalisation. Masking inside, before it, is pointless:
     Newton-Schulz mixes the elements and undoes the mask.
 
-    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are those of the inner optimiser: a
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are those of the inner optimizer: a
     checkpoint can be loaded into the bare one and back. While it steps, a decoupled ``weight_decay``
     reads 0 in its groups.
 
@@ -123,7 +183,7 @@ class CautiousWrapper(MaskedOptimizer):
     parameters must agree on that, as they do with DTensors and with FSDP1's ShardedGradScaler.
 
     Attributes:
-        optimizer: the inner optimiser.
+        optimizer: the inner optimizer.
     """
 
     def __init__(
@@ -153,7 +213,7 @@ class CautiousWrapper(MaskedOptimizer):
     # Looked up at each use, since load_state_dict replaces them.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimiser's."""
+        """The inner optimizer's."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -162,7 +222,7 @@ class CautiousWrapper(MaskedOptimizer):
 
     @property
     def state(self) -> Any:
-        """The inner optimiser's."""
+        """The inner optimizer's."""
         return self.optimizer.state
 
     @state.setter
@@ -171,7 +231,7 @@ class CautiousWrapper(MaskedOptimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The inner optimiser's."""
+        """The inner optimizer's."""
         return self.optimizer.defaults
 
     @defaults.setter
@@ -217,7 +277,7 @@ class CautiousWrapper(MaskedOptimizer):
         ]
 
     def _inner_step(self, moves: Sequence[Move]) -> None:
-        """Decay, and let the inner optimiser step from there."""
+        """Decay, and let the inner optimizer step from there."""
         for move in moves:
             if move.decay is not None and not move.decays_cautiously:
                 decay_(move.local, move.decay)
@@ -255,11 +315,11 @@ class CautiousWrapper(MaskedOptimizer):
             raise ConfigError(
                 f"cautious_weight_decay=True: {type(self.optimizer).__name__} adds weight_decay="
                 f"{group['weight_decay']} to the gradient, where it is a part of the update; set it to 0, or "
-                "say decoupled_weight_decay=True if this optimiser decouples it"
+                "say decoupled_weight_decay=True if this optimizer decouples it"
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch, by the inner optimiser."""
+        """As in torch, by the inner optimizer."""
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -268,7 +328,7 @@ class CautiousWrapper(MaskedOptimizer):
         self._admit_last_group()
 
     def state_dict(self) -> StateDict:
-        """The inner optimiser's, hooks of both called. No communication is performed."""
+        """The inner optimizer's, hooks of both called. No communication is performed."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.optimizer.state_dict()
@@ -278,7 +338,7 @@ class CautiousWrapper(MaskedOptimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state of the inner optimiser, bare or wrapped, hooks of both called. No
+        """Load a state of the inner optimizer, bare or wrapped, hooks of both called. No
         communication is performed.
         """
         state_dict = state_dict.copy()  # as in torch: a hook may change it

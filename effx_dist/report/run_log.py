@@ -116,7 +116,7 @@ class RunLog:
         What a background save reports belongs to the step that was saved, even when it is known only later.
 
         Args:
-            step: Optimiser steps done.
+            step: Optimizer steps done.
             metrics: Name to number (or one-element tensor, which is waited for).
             samples: Samples processed by all ranks so far, those left out by pruning not counted.
 

@@ -1,12 +1,6 @@
 """Who holds which part of which whole tensor, and how the holders talk to each other."""
 
-from effx_dist.shard.box import (
-    Box,
-    boxes_to_flat_range,
-    flat_range_to_boxes,
-    flat_start,
-    whole_box,
-)
+from effx_dist.shard.box import Box, boxes_to_flat_range, flat_range_to_boxes, flat_start, whole_box
 from effx_dist.shard.group import (
     Group,
     SoloGroup,
@@ -16,10 +10,10 @@ from effx_dist.shard.group import (
     run_ranks,
     separate_group,
 )
-from effx_dist.shard.local_rows import LocalRows
 from effx_dist.shard.mpi_group import MpiGroup
 from effx_dist.shard.piece import (
     Held,
+    LocalRows,
     Piece,
     PlacedBox,
     ShardMap,

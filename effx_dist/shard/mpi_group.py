@@ -14,11 +14,7 @@ T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 2**30
 """Longer ones are sent in parts: before MPI 4, a message's length is a C int."""
-CARRIERS = {
-    torch.bool: torch.int32,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
+CARRIERS = {torch.bool: torch.int32, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """What MPI reduces in place of a dtype that not every MPI library can add up."""
 
 

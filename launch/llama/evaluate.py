@@ -14,10 +14,7 @@ from launch.llama.blocks import BlockDataset
 
 @torch.no_grad()
 def held_out_loss(
-    model: nn.Module,
-    dataset: BlockDataset,
-    batch_size: int,
-    device: torch.device,
+    model: nn.Module, dataset: BlockDataset, batch_size: int, device: torch.device
 ) -> float:
     """Mean loss per token over the whole of `dataset`, in nats.
 

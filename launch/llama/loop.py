@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def accumulation_steps(train: TrainSettings, world: int) -> int:
-    """Micro-batches per optimiser step and rank, so that the global batch is as set.
+    """Micro-batches per optimizer step and rank, so that the global batch is as set.
 
     Raises ConfigError if the global batch cannot be cut that way.
     """
@@ -38,7 +38,7 @@ def accumulation_steps(train: TrainSettings, world: int) -> int:
 
 
 def windows(batches: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The micro-batches of one optimiser step after another; `size` divides their number."""
+    """The micro-batches of one optimizer step after another; `size` divides their number."""
     window: list[T] = []
     for batch in batches:
         window.append(batch)
@@ -78,7 +78,7 @@ def resume_step(checkpointer: "Checkpointer", settings: RunSettings, folder: Pat
 
 
 class StepMeter:
-    """Sums up the optimiser steps since the last report; losses stay on their device until then."""
+    """Sums up the optimizer steps since the last report; losses stay on their device until then."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -102,7 +102,7 @@ class StepMeter:
 
     @contextmanager
     def optimizer_step(self, is_timed: bool) -> Iterator[None]:
-        """Time one optimiser step; on an accelerator only if asked to, as it waits for the device."""
+        """Time one optimizer step; on an accelerator only if asked to, as it waits for the device."""
         if self._device.type != "cpu" and not is_timed:
             yield
             return
@@ -141,7 +141,7 @@ class StepMeter:
 
 
 class SampleRecord:
-    """Appends the sample ids of each optimiser step to `samples.rank-R.jsonl`, or does nothing."""
+    """Appends the sample ids of each optimizer step to `samples.rank-R.jsonl`, or does nothing."""
 
     def __init__(self, run_dir: Path, rank: int, wanted: bool) -> None:
         path = run_dir / f"samples.rank-{rank}.jsonl"

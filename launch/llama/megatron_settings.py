@@ -15,9 +15,9 @@ class MegatronSettings(Section):
     pipeline_model_parallel_size: int = Field(default=1, gt=0)
     """Ranks that share out the layers."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the forward and backward passes; master weights and optimiser state are always float32."""
+    """Of the forward and backward passes; master weights and optimizer state are always float32."""
     use_distributed_optimizer: bool = True
-    """Shard the optimiser's state over the data-parallel ranks."""
+    """Shard the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass goes on."""
     distributed_backend: Literal["nccl", "gloo"] = "nccl"

@@ -1,7 +1,7 @@
 """One run but for its engine: what is measured, said, evaluated and recorded while it trains."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 import effx_dist as effx
-from effx_dist.data.metrics import infobatch_metrics
-from effx_dist.optim.metrics import cautious_metrics
+from effx_dist.checkpoint import PendingSave
+from effx_dist.core.cautious import alignment_metrics
 from launch.llama import loop
 from launch.llama.blocks import prepare
 from launch.llama.evaluate import held_out_loss
@@ -30,6 +30,12 @@ class Run(ABC):
     model: nn.Module
     """What computes logits, sharded or not."""
     sampler: effx.InfoBatchSampler
+    loader: Iterable[Batch]
+    optimizer: Any
+    """What has the parameter groups, and so the learning rate."""
+    cautious: Any
+    """What has `alignment` if the step is cautious."""
+    checkpointer: effx.Checkpointer | None = None
 
     def __init__(
         self,
@@ -40,7 +46,7 @@ class Run(ABC):
         num_data_ranks: int | None = None,
     ) -> None:
         """`num_data_ranks` see different samples; None: all do. Of those that see the same, one gets `log_samples`."""
-        self.settings, train = settings, settings.train
+        self.settings, self.run_dir, train = settings, run_dir, settings.train
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
         torch.manual_seed(train.seed)
@@ -54,23 +60,68 @@ class Run(ABC):
         self.record = loop.SampleRecord(run_dir, self.rank, log_samples)
         self.metrics.event("start", world_size=self.world, settings=settings.model_dump())
 
-    @property
     @abstractmethod
-    def lr(self) -> float:
-        """The learning rate as it stands."""
-
-    @property
-    @abstractmethod
-    def alignment(self) -> Mapping[Any, float] | None:
-        """What a cautious optimizer calls so; None of another."""
+    def train_step(self, batches: list[Batch]) -> None:
+        """One optimizer step over the micro-batches of this rank."""
 
     @abstractmethod
-    def save(self) -> None:
-        """Begin a checkpoint, unless there is one of this step."""
+    def save(self) -> PendingSave | None:
+        """Begin a checkpoint of this step; None where the engine has one of it already."""
+
+    @abstractmethod
+    def resume(self, step: int | None) -> Mapping[str, Any]:
+        """Load the checkpoint of `step`, or the newest; returns what was saved beside the state."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Told at the start of a run that does not resume."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Plan the epoch: all ranks together."""
+        self.sampler.set_epoch(epoch)
+
+    def train(self) -> None:
+        """All epochs (or `max_steps`), then the last checkpoint and the last evaluation."""
+        self.meter.reset()
+        for epoch in range(self.sampler.epoch, self.settings.train.num_epochs):
+            if self.is_cut_short():
+                break
+            self.set_epoch(epoch)
+            self.say_plan(epoch)
+            for batches in loop.windows(self.loader, self.accumulation):
+                self.train_step(batches)
+                self.after_step(epoch, batches)
+                if self.is_cut_short():
+                    break
+        self.finish()
 
     def is_cut_short(self) -> bool:
-        """Whether `max_steps` are done."""
+        """Whether `max_steps` are done, or the scheduler wants the machine back (save_on_sigterm).
+
+        The same on all ranks, which ask each other.
+        """
+        if self.checkpointer is not None and self.checkpointer.should_stop:
+            return True
         return 0 < self.settings.train.max_steps <= self.step
+
+    def go_on(self) -> None:
+        """Go on from a checkpoint if there is one, whatever the number of ranks that wrote it."""
+        if self.checkpointer is None:
+            return
+        step = loop.resume_step(self.checkpointer, self.settings, self.run_dir)
+        if step is None:
+            self.begin()
+            return
+        extra = self.resume(None if self.settings.checkpoint.resume == "auto" else step)
+        self.samples = int(extra["samples"])
+        self.say_resumed()
+
+    def save_once(self) -> None:
+        """Begin a checkpoint, unless there is one of this step."""
+        if self.checkpointer is not None and self.last_saved != self.step:
+            self.last_saved = self.step
+            if (pending := self.save()) is not None:
+                self.saves.append((self.step, pending))
 
     def say_resumed(self) -> None:
         """Record that the run goes on from the checkpoint of `step`."""
@@ -84,7 +135,7 @@ class Run(ABC):
         self.metrics.event("epoch", epoch=epoch, step=self.step, planned_samples=planned)
         if self.sampler.position:
             return
-        self.metrics.log(self.step, infobatch_metrics(self.sampler), self.samples)
+        self.metrics.log(self.step, self.sampler.metrics(), self.samples)
         self.metrics.say(f"epoch {epoch}: {self.sampler.kept_fraction:.1%} of the samples")
 
     @property
@@ -102,16 +153,16 @@ class Run(ABC):
             self.evaluate()
         every_steps = settings.checkpoint.every_steps
         if every_steps and self.step % every_steps == 0:
-            self.save()
+            self.save_once()
         loop.log_finished_saves(self.saves, self.metrics)
 
     def log_step(self) -> None:
         """Record and show the mean of the steps since the last time."""
         self.last_logged = self.step
         values = self.meter.report()
-        values["lr"] = self.lr
+        values["lr"] = float(self.optimizer.param_groups[0]["lr"])
         values["epoch"] = float(self.sampler.progress)
-        values |= cautious_metrics(self.alignment)
+        values |= alignment_metrics(getattr(self.cautious, "alignment", {}))
         self.metrics.log(self.step, values, self.samples)
         self.metrics.show(
             values["epoch"],
@@ -135,8 +186,7 @@ class Run(ABC):
         """Take the last checkpoint and the last evaluation, and see both written."""
         if self.last_logged < self.step:
             self.log_step()
-        if self.settings.checkpoint.every_steps:
-            self.save()
+        self.save_once()
         self.evaluate()
         loop.log_finished_saves(self.saves, self.metrics, wait=True)
         self.close()

@@ -82,11 +82,11 @@ class DataSettings(Section):
 
 
 class TrainSettings(Section):
-    """Length, batch and optimiser."""
+    """Length, batch and optimizer."""
 
     num_epochs: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)
-    """Sequences per optimiser step over all ranks; the same at every world size."""
+    """Sequences per optimizer step over all ranks; the same at every world size."""
     micro_batch_size: int = Field(gt=0)
     """Sequences per rank in one forward pass; accumulation follows from the world size."""
     lr: float = Field(gt=0)
@@ -103,7 +103,7 @@ class TrainSettings(Section):
     seed: int = Field(default=0, ge=0)
     """Of the initial weights and of the order of the samples."""
     max_steps: int = Field(default=0, ge=0)
-    """Stop after this many optimiser steps (for a trial); 0 = all epochs."""
+    """Stop after this many optimizer steps (for a trial); 0 = all epochs."""
 
 
 class EvalSettings(Section):

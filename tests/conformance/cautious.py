@@ -1,8 +1,8 @@
-"""What every engine must show of the cautious optimisers: sharded, they do exactly what one process
+"""What every engine must show of the cautious optimizers: sharded, they do exactly what one process
 does.
 
 An engine's test gives :func:`check` a function that shards parameters its own way (a
-:class:`Session`). The same gradients are fed to both, so that it is the optimiser that is compared,
+:class:`Session`). The same gradients are fed to both, so that it is the optimizer that is compared,
 bit for bit, and not a backward pass.
 """
 
@@ -40,7 +40,7 @@ hold.
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One optimiser, its settings, and which parameters it has in which group."""
+    """One optimizer, its settings, and which parameters it has in which group."""
 
     name: str
     optimizer: type[CautiousOptimizer] = CautiousAdamW
@@ -68,7 +68,7 @@ class Scenario:
     def build(
         self, groups: Sequence[NamedParams], shard_map: ShardMapSource | None = None
     ) -> CautiousOptimizer:
-        """The optimiser over named parameters, given by group as :meth:`groups` has them."""
+        """The optimizer over named parameters, given by group as :meth:`groups` has them."""
         options = [self.defaults, {**self.defaults, **self.second_options}]
         described = [
             {"params": list(group), **chosen}
@@ -117,18 +117,13 @@ SCENARIOS = (
     Scenario(
         name="sgd, nesterov, cautious decay",
         optimizer=CautiousSGD,
-        defaults={
-            "lr": 0.1,
-            "nesterov": True,
-            "weight_decay": 0.5,
-            "cautious_weight_decay": True,
-        },
+        defaults={"lr": 0.1, "nesterov": True, "weight_decay": 0.5, "cautious_weight_decay": True},
     ),
 )
 
 
 class Session(ABC):
-    """A model and its optimiser, as one engine holds them on this rank."""
+    """A model and its optimizer, as one engine holds them on this rank."""
 
     optimizer: CautiousOptimizer
 
@@ -141,7 +136,7 @@ class Session(ABC):
         self.optimizer.step()
 
     def alignment(self) -> dict[str | int, float]:
-        """The optimiser's alignment, by the names that the scenario has for the parameters."""
+        """The optimizer's alignment, by the names that the scenario has for the parameters."""
         return self.optimizer.alignment
 
     @abstractmethod

@@ -45,15 +45,9 @@ import megatron.core.datasets.utils  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.parallel_state import (  # noqa: E402
-    is_pipeline_first_stage,
-    is_pipeline_last_stage,
-)
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage  # noqa: E402
 from megatron.training import get_args, pretrain  # noqa: E402
-from megatron.training.arguments import (  # noqa: E402
-    core_transformer_config_from_args,
-    parse_and_validate_args,
-)
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args  # noqa: E402
 
 import effx_dist as effx  # noqa: E402
 

@@ -31,7 +31,7 @@ from effx_dist.core.excp import (
     undo_delta_bits,
     undo_folded_delta_,
 )
-from effx_dist.native import excp as native
+from effx_dist.native import kernels as native
 
 Bits = npt.NDArray[np.unsignedinteger]
 U8 = npt.NDArray[np.uint8]

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import torch
 
-from effx_dist.checkpoint.format.bounds import check_declared, empty_for
-from effx_dist.checkpoint.format.manifest import TensorRecord
+from effx_dist.checkpoint.format.manifest import TensorRecord, short
 from effx_dist.checkpoint.format.reader import ChainReader
+from effx_dist.errors import ConfigError, CorruptCheckpointError
 from effx_dist.shard import Box
+
+DEFAULT_MAX_DECODED_BYTES = 2**46
+"""64 TiB: the fp32 weights and moments of four trillion parameters."""
+_bound = DEFAULT_MAX_DECODED_BYTES
+
+
+def set_max_decoded_bytes(num_bytes: int) -> None:
+    """Set the bound of this process, in bytes. Raises ConfigError for less than 1."""
+    global _bound
+    if num_bytes < 1:
+        raise ConfigError(f"max_decoded_bytes={num_bytes}: must be >= 1")
+    _bound = num_bytes
+
+
+def check_declared(declared: int, where: object) -> None:
+    """Raise CorruptCheckpointError for a checkpoint whose tensors come to more bytes than the bound."""
+    if declared > _bound:
+        raise CorruptCheckpointError(
+            f"{where}: declares tensors of {declared} bytes, at most {_bound} are decoded. If the "
+            f"checkpoint is that large: effx --max-decoded-bytes {declared}, or set_max_decoded_bytes()"
+        )
+
+
+def empty_for(name: str, record: TensorRecord) -> torch.Tensor:
+    """Host memory for a whole tensor that a manifest describes and nobody has.
+
+    Raises CorruptCheckpointError where that is more than the bound, or than this machine has.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    bound = min(_bound, memory)
+    if record.raw_bytes > bound:
+        raise CorruptCheckpointError(
+            f"{name}: declares {record.raw_bytes} bytes; at most {bound} are taken for a tensor that "
+            f"only the checkpoint knows of (this machine's memory, or what set_max_decoded_bytes() says)"
+        )
+    try:
+        return torch.empty(record.shape, dtype=record.torch_dtype)
+    except RuntimeError as error:
+        raise CorruptCheckpointError(
+            f"{name}: no memory for a tensor of shape {record.shape}: {short(str(error))}"
+        ) from None
+
 
 PIECE_NUMEL = 2**24
 """Elements that are read at once: 64 MiB of fp32. One row is read whole, however long it is."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from effx_dist.checkpoint.format.bounds import empty_for
 from effx_dist.checkpoint.format.manifest import Manifest, ParentRecord, short
+from effx_dist.checkpoint.format.whole_tensors import empty_for
 from effx_dist.checkpoint.loading.dcp_reader import ExcpReader
 from effx_dist.checkpoint.loading.seeded import check_seed
 from effx_dist.checkpoint.saving.drive import drive_load

@@ -31,12 +31,7 @@ from effx_dist.checkpoint.state.joints import is_chained
 from effx_dist.checkpoint.state.training_state import chained_references
 from effx_dist.checkpoint.state.tree import Leaf
 from effx_dist.checkpoint.storage.places import Location
-from effx_dist.core.fingerprint import (
-    Fingerprint,
-    add_fingerprints,
-    fingerprint,
-    fingerprint_hex,
-)
+from effx_dist.core.fingerprint import Fingerprint, add_fingerprints, fingerprint, fingerprint_hex
 from effx_dist.errors import LayoutMismatchError
 from effx_dist.shard import Box, Group
 

@@ -14,7 +14,6 @@ import torch
 from effx_dist.checkpoint.format.chunks import JointParts, block_ranges, in_order
 from effx_dist.checkpoint.state.joints import Joint
 from effx_dist.core.excp import (
-    CELLS_LEN,
     RANGES_LEN,
     SUMS_LEN,
     JointArrays,
@@ -22,6 +21,7 @@ from effx_dist.core.excp import (
     Profile,
     build_quantiser,
     cells,
+    cells_len,
     ranges,
     sums,
 )
@@ -52,11 +52,7 @@ class Measured:
 
 
 def measure(
-    specs: Sequence[JointSpec],
-    local: LocalParts,
-    profile: Profile,
-    group: Group,
-    threads: int = 1,
+    specs: Sequence[JointSpec], local: LocalParts, profile: Profile, group: Group, threads: int = 1
 ) -> dict[str, Measured]:
     """The quantiser of each weight, the same on every rank; none for one that cannot be quantised
     (not finite, say).
@@ -71,13 +67,10 @@ def measure(
     rounds = _Rounds(specs, local, group, threads)
     by_max = rounds.run(RANGES_LEN, "max", np.float64, lambda _, block: ranges(block))
     by_sum = rounds.run(
-        SUMS_LEN(profile),
-        "sum",
-        np.int64,
-        lambda i, block: sums(block, by_max[i], specs[i].global_numel, profile),
+        SUMS_LEN, "sum", np.int64, lambda i, block: sums(block, by_max[i], specs[i].global_numel)
     )
     by_cell = rounds.run(
-        CELLS_LEN(profile),
+        cells_len(profile),
         "sum",
         np.int64,
         lambda i, block: cells(block, by_max[i], by_sum[i], specs[i].global_numel, profile),
@@ -107,11 +100,7 @@ class _Rounds:
         self._threads = threads
 
     def run(
-        self,
-        length: int,
-        op: ReduceOp,
-        dtype: type,
-        statistic: Callable[[int, JointArrays], Array],
+        self, length: int, op: ReduceOp, dtype: type, statistic: Callable[[int, JointArrays], Array]
     ) -> Array:
         """Rows of ``statistic(joint index, block)``, merged over blocks and ranks by ``op``."""
         rows: Array = np.zeros((len(self._specs), length), dtype=dtype)

@@ -159,10 +159,7 @@ def _look(place: Location) -> dict[int, _Step]:
 
 
 def _look_at(
-    own: Location,
-    facts: _Facts | None,
-    older: Mapping[int, _Step],
-    checksums: Mapping[str, str],
+    own: Location, facts: _Facts | None, older: Mapping[int, _Step], checksums: Mapping[str, str]
 ) -> _Step:
     # a listing that lags behind shows too few of the marks, which only makes this call keep more
     listed = own.files()

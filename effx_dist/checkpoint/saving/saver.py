@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from effx_dist.checkpoint.format.manifest import Figures, ParentRecord
-from effx_dist.checkpoint.saving.arena import Bundle
 from effx_dist.checkpoint.saving.chain import Chain
 from effx_dist.checkpoint.saving.drive import drive_save
 from effx_dist.checkpoint.saving.manifest_building import SaveFacts
 from effx_dist.checkpoint.saving.retention import remove_leftovers, retire, set_aside_newer
+from effx_dist.checkpoint.saving.staging import Bundle
 from effx_dist.checkpoint.saving.writer import ExcpWriter
 from effx_dist.checkpoint.state.fragment import Fragment
 from effx_dist.checkpoint.state.rank_values import agreed

@@ -57,9 +57,7 @@ class Fragment:
         if isinstance(value, LocalRows):
             is_held = value.local.numel() or not math.prod(value.global_shape)
             return cls(
-                value.global_shape,
-                value.local.dtype,
-                [(value.box, value.local)] if is_held else [],
+                value.global_shape, value.local.dtype, [(value.box, value.local)] if is_held else []
             )
         whole, pieces = pieces_of_tensor(name, value)
         local = local_of(value).detach()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    _get_fqns,
-)
+from torch.distributed.checkpoint.state_dict import _get_fqns
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """What only a wrapper calls its child. DDP's ``module`` is not among them: users call theirs so too."""

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from effx_dist.checkpoint.format.bounds import empty_for
 from effx_dist.checkpoint.format.manifest import Manifest, short
+from effx_dist.checkpoint.format.whole_tensors import empty_for
 from effx_dist.checkpoint.state.fragment import Fragment, plain_tensors
 from effx_dist.checkpoint.state.joints import TensorFacts, is_spread
 from effx_dist.checkpoint.state.live import LiveState
@@ -179,10 +179,7 @@ class Targets:
 
 
 def targets_of(
-    live: LiveState,
-    manifest: Manifest,
-    mapping: NameMap | None = None,
-    strict: bool = True,
+    live: LiveState, manifest: Manifest, mapping: NameMap | None = None, strict: bool = True
 ) -> Targets:
     """The model's and the optimizer's tensors under the names of the checkpoint.
 

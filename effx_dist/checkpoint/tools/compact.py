@@ -15,7 +15,6 @@ import torch
 import xxhash
 
 from effx_dist.checkpoint.format.block_files import VALUES, BlockReader, RankFiles
-from effx_dist.checkpoint.format.bounds import check_declared
 from effx_dist.checkpoint.format.chunks import ChunkDecoder, ChunkEncoder, block_ranges
 from effx_dist.checkpoint.format.coding import to_bits
 from effx_dist.checkpoint.format.manifest import (
@@ -28,7 +27,7 @@ from effx_dist.checkpoint.format.manifest import (
 )
 from effx_dist.checkpoint.format.manifest_checks import write_manifest
 from effx_dist.checkpoint.format.reader import ChainReader
-from effx_dist.checkpoint.format.whole_tensors import OnProgress
+from effx_dist.checkpoint.format.whole_tensors import OnProgress, check_declared
 from effx_dist.checkpoint.saving.decision import LOSSLESS
 from effx_dist.checkpoint.saving.manifest_building import new_manifest, with_sizes
 from effx_dist.checkpoint.storage.places import Folder, Location, location

@@ -6,7 +6,7 @@ is there twice: as numpy says it, and compiled (effx_dist/native), with the same
 """
 
 from effx_dist.core.excp.arrays import JointArrays, JointSymbols
-from effx_dist.core.excp.joint import CELLS_LEN, JointQuantiser, build_quantiser, cells
+from effx_dist.core.excp.joint import JointQuantiser, build_quantiser, cells, cells_len
 from effx_dist.core.excp.lossless import (
     delta_bits,
     folded_delta,
@@ -17,7 +17,6 @@ from effx_dist.core.excp.profiles import PROFILES, CentroidRule, DeadZoneRule, P
 from effx_dist.core.excp.statistics import RANGES_LEN, SUMS_LEN, ranges, sums
 
 __all__ = [
-    "CELLS_LEN",
     "PROFILES",
     "RANGES_LEN",
     "SUMS_LEN",
@@ -29,6 +28,7 @@ __all__ = [
     "Profile",
     "build_quantiser",
     "cells",
+    "cells_len",
     "delta_bits",
     "folded_delta",
     "ranges",

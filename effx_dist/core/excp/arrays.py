@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from effx_dist.native import excp as native
+from effx_dist.core.fixed_point import BLOCK_VALUES
+from effx_dist.native import kernels as native
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -16,9 +17,6 @@ I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 Bools = npt.NDArray[np.bool_]
-
-BLOCK_VALUES = 1 << 18
-"""Values worked on at once: temporaries stay in cache, and sums within a block stay exact."""
 
 TINY = np.float32(np.finfo(np.float32).tiny)
 LARGEST = np.float32(np.finfo(np.float32).max)
@@ -42,7 +40,7 @@ class JointArrays:
     r: F32
     """Residual: weight minus reference weight."""
     m: F32 | None = None
-    """exp_avg, or None where the optimiser keeps none."""
+    """exp_avg, or None where the optimizer keeps none."""
     v: F32 | None = None
     """exp_avg_sq, or None (Lion). Never present without m."""
 

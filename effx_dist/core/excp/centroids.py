@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from effx_dist.core.excp.arrays import F32, I64, LARGEST, U8, Bools, largest_symbol, take_table
-from effx_dist.core.excp.fixed import count_by, fixed_exponent, sum_by, to_fixed
+from effx_dist.core.excp.arrays import F32, F64, I64, LARGEST, U8, Bools, largest_symbol, take_table
 from effx_dist.core.excp.json_fields import (
     ascending,
     float32_field,
@@ -26,9 +25,51 @@ from effx_dist.core.excp.json_fields import (
     table_field,
     table_json,
 )
-from effx_dist.core.excp.lloyd import lloyd
 from effx_dist.core.excp.profiles import CentroidRule
 from effx_dist.core.excp.statistics import Scales, Totals
+from effx_dist.core.fixed_point import block_exponent, count_by, fixed_floats, sum_by
+
+_ITERATIONS = 40
+_TOLERANCE = 1e-6
+_COUNT_CAP = 50
+"""Bins weigh at most this much in the starting quantiles, so that the tails get centroids too."""
+
+
+def lloyd(counts: I64, totals: I64, num_centroids: int) -> F64:
+    """Ascending, distinct centroids (at most num_centroids) of a histogram with exact sums.
+
+    counts: values per bin, bins ascending; totals: sum of the values per bin, in any fixed point
+    unit, which is the unit of the result. Empty where the histogram is. Deterministic: elementwise
+    IEEE arithmetic and integer prefix sums only.
+    """
+    seen = counts > 0
+    counts, totals = counts[seen], totals[seen]
+    if counts.size == 0:
+        return np.empty(0)
+    values = totals / counts
+    num_before = np.concatenate([[0], np.cumsum(counts)])
+    sum_before = np.concatenate([[0], np.cumsum(totals)])
+    centroids = _start(values, counts, num_centroids)
+    for _ in range(_ITERATIONS):
+        inner = np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2)
+        edges = np.concatenate([[0], inner, [values.size]])
+        num = num_before[edges[1:]] - num_before[edges[:-1]]
+        total = sum_before[edges[1:]] - sum_before[edges[:-1]]
+        moved = np.sort(np.where(num > 0, total / np.maximum(num, 1), centroids))
+        done = np.abs(moved - centroids).max() <= _TOLERANCE * np.abs(moved).max()
+        centroids = moved
+        if done:
+            break
+    return np.unique(centroids)
+
+
+def _start(values: F64, counts: I64, num_centroids: int) -> F64:
+    """Values at evenly spaced quantiles of the capped counts."""
+    ends = np.cumsum(np.minimum(counts, _COUNT_CAP))
+    ranks = (np.arange(num_centroids) + 0.5) * (ends[-1] / num_centroids)
+    start: F64 = values[np.minimum(np.searchsorted(ends, ranks), values.size - 1)]
+    return start
+
 
 NUM_BINS = 1024
 
@@ -71,15 +112,15 @@ class CentroidGrid:
         kept = self.kept(r)
         values = r[np.flatnonzero(kept)]
         bins = linear_bins(values, self.limit)
-        exponent = fixed_exponent(float(self.limit), scales.global_numel)
+        exponent = block_exponent(float(self.limit), scales.global_numel)
         out[:NUM_BINS] += count_by(bins, NUM_BINS)
-        out[NUM_BINS:] += sum_by(bins, to_fixed(values, exponent), NUM_BINS)
+        out[NUM_BINS:] += sum_by(bins, fixed_floats(values, exponent), NUM_BINS)
         return kept
 
     def finish(self, cells: I64, scales: Scales, totals: Totals) -> tuple[Centroids, float]:
         """The quantiser from merged cells, and its squared error."""
         counts, sums = cells[:NUM_BINS], cells[NUM_BINS:]
-        exponent = fixed_exponent(float(self.limit), scales.global_numel)
+        exponent = block_exponent(float(self.limit), scales.global_numel)
         unit = math.ldexp(1.0, -exponent)
         centroids = np.unique((lloyd(counts, sums, self.num_centroids) * unit).astype(np.float32))
         quantiser = Centroids(self, centroids)

@@ -25,13 +25,6 @@ from effx_dist.core.excp.arrays import (
     largest_symbol,
     take_table,
 )
-from effx_dist.core.excp.fixed import (
-    count_by,
-    fixed_exponent,
-    fixed_sum,
-    sum_by,
-    to_fixed,
-)
 from effx_dist.core.excp.json_fields import (
     float32_field,
     float32_json,
@@ -41,8 +34,15 @@ from effx_dist.core.excp.json_fields import (
 )
 from effx_dist.core.excp.profiles import DeadZoneRule
 from effx_dist.core.excp.statistics import Scales, Totals, value_at_rank
-from effx_dist.core.fixed_point import from_fixed
-from effx_dist.native import excp as native
+from effx_dist.core.fixed_point import (
+    block_exponent,
+    count_by,
+    fixed_floats,
+    fixed_sum,
+    from_fixed,
+    sum_by,
+)
+from effx_dist.native import kernels as native
 
 _ROUNDING = np.float32(0.4)
 _MAX_LEVEL = 127
@@ -98,7 +98,7 @@ class DeadZoneGrid:
     def exponents(self, global_numel: int) -> tuple[int, int]:
         """Fixed point exponents of |r| and r^2, in steps."""
         limit = float(self.max_level + 1)
-        return fixed_exponent(limit, global_numel), fixed_exponent(limit * limit, global_numel)
+        return block_exponent(limit, global_numel), block_exponent(limit * limit, global_numel)
 
     def accumulate(self, r: F32, scales: Scales, out: I64) -> Bools:
         """Add one block to the cells; returns where the symbol is not 0."""
@@ -114,7 +114,7 @@ class DeadZoneGrid:
         coded = levels[index]
         out[:length] += count_by(coded, length)
         out[0] += r.size - index.size
-        out[length : 2 * length] += sum_by(coded, to_fixed(steps[index], exponent), length)
+        out[length : 2 * length] += sum_by(coded, fixed_floats(steps[index], exponent), length)
         inside = steps[levels <= self.max_level] if largest_symbol(levels) >= length - 1 else steps
         squares = np.multiply(inside, inside, dtype=np.float64)
         out[2 * length] += fixed_sum(squares, squares_exponent)

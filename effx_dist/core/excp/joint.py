@@ -3,7 +3,7 @@
 Use, on every rank that holds a piece of the tensor (the merging is the caller's):
 
     r1 = max over pieces of ranges(piece)
-    r2 = sum over pieces of sums(piece, r1, global_numel, profile)
+    r2 = sum over pieces of sums(piece, r1, global_numel)
     r3 = sum over pieces of cells(piece, r1, r2, global_numel, profile)
     quantiser = build_quantiser(profile, has_m, has_v, global_numel, r1, r2, r3)
 
@@ -52,7 +52,7 @@ class _Plan:
         return cls(scales, totals, bins, moments.MomentGrid(threshold, codes))
 
 
-def CELLS_LEN(profile: Profile) -> int:
+def cells_len(profile: Profile) -> int:
     """Length of the round 3 vector."""
     rule = profile.weight
     if isinstance(rule, DeadZoneRule):
@@ -64,12 +64,12 @@ def CELLS_LEN(profile: Profile) -> int:
 def cells(
     a: JointArrays, merged_ranges: F64, merged_sums: I64, global_numel: int, profile: Profile
 ) -> I64:
-    """Round 3: int64 [CELLS_LEN] of one piece; merge by +.
+    """Round 3: int64 [cells_len] of one piece; merge by +.
 
     Counts and fixed point sums of each quantisation cell. All zero where the tensor is not
     quantisable.
     """
-    out = np.zeros(CELLS_LEN(profile), dtype=np.int64)
+    out = np.zeros(cells_len(profile), dtype=np.int64)
     if not quantisable(merged_ranges):
         return out
     plan = _Plan.make(profile, (merged_ranges, merged_sums), global_numel)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from effx_dist.native import excp as native
+from effx_dist.native import kernels as native
 
 _ITEM_BYTES = (1, 2, 4, 8)
 

@@ -31,14 +31,7 @@ from effx_dist.core.excp.arrays import (
     magnitude_bits,
     take_table,
 )
-from effx_dist.core.excp.centroids import NUM_BINS, linear_bins
-from effx_dist.core.excp.fixed import (
-    count_by,
-    fixed_exponent,
-    fixed_sum,
-    sum_by,
-    to_fixed,
-)
+from effx_dist.core.excp.centroids import NUM_BINS, linear_bins, lloyd
 from effx_dist.core.excp.json_fields import (
     ascending,
     float32_field,
@@ -46,10 +39,16 @@ from effx_dist.core.excp.json_fields import (
     table_field,
     table_json,
 )
-from effx_dist.core.excp.lloyd import lloyd
 from effx_dist.core.excp.statistics import Scales, Totals
-from effx_dist.core.fixed_point import from_fixed
-from effx_dist.native import excp as native
+from effx_dist.core.fixed_point import (
+    block_exponent,
+    count_by,
+    fixed_floats,
+    fixed_sum,
+    from_fixed,
+    sum_by,
+)
+from effx_dist.native import kernels as native
 
 MAX_ENTRIES = 255
 """Of a moment's table: its symbols are 1 to 255."""
@@ -138,15 +137,15 @@ class CentroidMoments:
     def accumulate(self, m: F32, v: F32 | None, scales: Scales, out: I64) -> None:
         """Add one block's kept moments to the cells."""
         bins = linear_bins(m, np.float32(scales.max_m))
-        exponent = fixed_exponent(scales.max_m, scales.global_numel)
+        exponent = block_exponent(scales.max_m, scales.global_numel)
         out[:NUM_BINS] += count_by(bins, NUM_BINS)
-        out[NUM_BINS : 2 * NUM_BINS] += sum_by(bins, to_fixed(m, exponent), NUM_BINS)
+        out[NUM_BINS : 2 * NUM_BINS] += sum_by(bins, fixed_floats(m, exponent), NUM_BINS)
         if v is not None:
             self._V_CELLS.accumulate(magnitude_bits(v), out[2 * NUM_BINS :])
 
     def tables(self, cells: I64, scales: Scales) -> tuple[F32, F32]:
         """Codebooks of m and of v from merged cells."""
-        exponent = fixed_exponent(scales.max_m, scales.global_numel)
+        exponent = block_exponent(scales.max_m, scales.global_numel)
         m_codes = lloyd(cells[:NUM_BINS], cells[NUM_BINS : 2 * NUM_BINS], self.num_centroids)
         m_table = np.ldexp(m_codes, -exponent).astype(np.float32)
         v_cells = cells[2 * NUM_BINS :]

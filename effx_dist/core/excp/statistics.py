@@ -21,10 +21,8 @@ from effx_dist.core.excp.arrays import (
     from_bits,
     magnitude_bits,
 )
-from effx_dist.core.excp.fixed import count_by, fixed_exponent, fixed_sum
-from effx_dist.core.excp.profiles import Profile
-from effx_dist.core.fixed_point import from_fixed
-from effx_dist.native import excp as native
+from effx_dist.core.fixed_point import block_exponent, count_by, fixed_sum, from_fixed
+from effx_dist.native import kernels as native
 
 RANGES_LEN = 5
 _NON_FINITE, _NEGATIVE_V, _MAX_R, _MAX_M, _MAX_V = range(RANGES_LEN)
@@ -33,13 +31,8 @@ _BIN_SHIFT = 19
 """A magnitude's histogram bin is its 8 exponent bits and 4 mantissa bits."""
 _NUM_BINS = 1 << (31 - _BIN_SHIFT)
 _SQUARES, _ABS_M, _SUM_V = _NUM_BINS, _NUM_BINS + 1, _NUM_BINS + 2
-_SUMS_LEN = _NUM_BINS + 3
-
-
-def SUMS_LEN(profile: Profile) -> int:
-    """Length of the round 2 vector."""
-    del profile
-    return _SUMS_LEN
+SUMS_LEN = _NUM_BINS + 3
+"""Length of the round 2 vector."""
 
 
 def _range(values: F32 | None) -> tuple[float, bool]:
@@ -87,17 +80,17 @@ class Scales:
     @property
     def squares_exponent(self) -> int:
         """Of r^2."""
-        return fixed_exponent(self.max_r * self.max_r, self.global_numel)
+        return block_exponent(self.max_r * self.max_r, self.global_numel)
 
     @property
     def m_exponent(self) -> int:
         """Of |m|."""
-        return fixed_exponent(self.max_m, self.global_numel)
+        return block_exponent(self.max_m, self.global_numel)
 
     @property
     def v_exponent(self) -> int:
         """Of v."""
-        return fixed_exponent(self.max_v, self.global_numel)
+        return block_exponent(self.max_v, self.global_numel)
 
 
 def quantisable(merged_ranges: F64) -> bool:
@@ -105,13 +98,13 @@ def quantisable(merged_ranges: F64) -> bool:
     return not (merged_ranges[_NON_FINITE] or merged_ranges[_NEGATIVE_V])
 
 
-def sums(a: JointArrays, merged_ranges: F64, global_numel: int, profile: Profile) -> I64:
+def sums(a: JointArrays, merged_ranges: F64, global_numel: int) -> I64:
     """Round 2: int64 [SUMS_LEN] of one piece; merge by +.
 
     A histogram of |r| over 4096 bins of its bit pattern, and fixed point sums of r^2, |m| and v.
     All zero where the tensor is not quantisable.
     """
-    out = np.zeros(SUMS_LEN(profile), dtype=np.int64)
+    out = np.zeros(SUMS_LEN, dtype=np.int64)
     if not quantisable(merged_ranges):
         return out
     scales = Scales.from_ranges(merged_ranges, global_numel)

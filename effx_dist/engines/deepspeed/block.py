@@ -53,7 +53,7 @@ class Block:
         return _if_on(self.effx.excp)
 
     def config_for_deepspeed(self) -> dict[str, Any]:
-        """A copy in which DeepSpeed is told to take an optimiser that is none of its own."""
+        """A copy in which DeepSpeed is told to take an optimizer that is none of its own."""
         if self.cautious is None:
             return dict(self.config)
         allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -122,7 +122,7 @@ _WITHOUT_PARTITIONS = (
         lambda device: device == "nvme",
         'keeps masters and moments out of memory, where no step or checkpoint finds them; use "cpu"',
     ),
-    _Refusal(f"{_OFFLOAD}.super_offload", bool, "steps by an optimiser of its own; must be false"),
+    _Refusal(f"{_OFFLOAD}.super_offload", bool, "steps by an optimizer of its own; must be false"),
     _Refusal(
         "zero_optimization.zenflow",
         lambda _: True,
@@ -179,7 +179,7 @@ _NO_CAUTIOUS_STEP = (
         "scales losses by a GradScaler of its own for each group; use bfloat16, or the fp16 section",
     ),
 )
-"""What else no cautious optimiser can step under."""
+"""What else no cautious optimizer can step under."""
 
 
 def check_engine(block: Block, model: nn.Module, mpu: Any) -> None:

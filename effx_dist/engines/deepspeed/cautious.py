@@ -1,4 +1,4 @@
-"""The cautious optimiser in the place of the one that DeepSpeed's configuration or its user asks for."""
+"""The cautious optimizer in the place of the one that DeepSpeed's configuration or its user asks for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from effx_dist.shard import ShardMap
 logger = logging.getLogger(__name__)
 
 OptimizerMaker = Callable[[Any], Optimizer]
-"""As DeepSpeed takes one in an optimiser's place: from parameters or groups of them."""
+"""As DeepSpeed takes one in an optimizer's place: from parameters or groups of them."""
 
 _TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 _DEEPSPEED_ADAMS = (FusedAdam, DeepSpeedCPUAdam)
@@ -33,7 +33,7 @@ _WRAPPED = tuple(
     getattr(torch.optim, name)
     for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta")
 )
-"""Optimisers of torch that go element by element and make their state as they step: they can be
+"""Optimizers of torch that go element by element and make their state as they step: they can be
 masked from outside where they are given flat partitions."""
 
 _KNOWN = "AdamW, Adam, Lion, SGD, NAdam, RAdam, RMSprop, Adamax and Adadelta"
@@ -48,7 +48,7 @@ def prepare(
     the configuration's. One that is cautious already is used as it is, whatever the section says.
 
     Raises:
-        ConfigError: there is no optimiser, its type or a setting has no cautious form, or a setting is
+        ConfigError: there is no optimizer, its type or a setting has no cautious form, or a setting is
             none of its type's.
     """
     settings = block.cautious
@@ -70,7 +70,7 @@ def prepare(
 
 
 def attach(engine: Any) -> None:
-    """Tell the engine's cautious optimiser, if it has one, which parameters its partitions hold. No
+    """Tell the engine's cautious optimizer, if it has one, which parameters its partitions hold. No
     communication is performed.
     """
     optimizer = engine.basic_optimizer
@@ -88,7 +88,7 @@ def _whole_tensors(params: Sequence[torch.Tensor]) -> ShardMap:
 
 
 def _undo_first_step(holder: Any, optimizer: Optimizer) -> None:
-    """Without ZeRO, DeepSpeed has an optimiser of 16-bit parameters step once with zero gradients, to make
+    """Without ZeRO, DeepSpeed has an optimizer of 16-bit parameters step once with zero gradients, to make
     its state. That decays the weights and counts as a step.
     """
     optimizer.state.clear()
@@ -125,7 +125,7 @@ def _cautious_form(optimizer: Optimizer, settings: CautiousConfig) -> Optimizer:
 
 
 def _fast_form(optimizer: Optimizer) -> type[CautiousOptimizer] | None:
-    """The cautious optimiser that does the same and needs no copy of the parameters, if there is one."""
+    """The cautious optimizer that does the same and needs no copy of the parameters, if there is one."""
     kind, groups = type(optimizer), optimizer.param_groups
     if kind in (*_TORCH_ADAMS, *_DEEPSPEED_ADAMS):
         is_adamw = kind is torch.optim.AdamW or getattr(optimizer, "adam_w_mode", False)
@@ -162,13 +162,13 @@ def _replaced(
 
     follow()
     made.register_load_state_dict_post_hook(follow)  # which makes new ones
-    # Else a scheduler warns that the optimiser it was made with has not stepped.
+    # Else a scheduler warns that the optimizer it was made with has not stepped.
     made.register_step_post_hook(lambda *_: setattr(optimizer, "_opt_called", True))
     return made
 
 
 def _configured(section: Any, settings: CautiousConfig) -> OptimizerMaker:
-    """The optimiser that DeepSpeed's "optimizer" section means, as it understands it."""
+    """The optimizer that DeepSpeed's "optimizer" section means, as it understands it."""
     name = section.get("type") if isinstance(section, Mapping) else None
     if name is None:
         raise ConfigError(
@@ -203,7 +203,7 @@ def _configured_lion(
 
 
 def _configured_adam(name: str, options: dict[str, Any]) -> Callable[..., Optimizer]:
-    """Rewrites ``options`` to those of the returned optimiser of torch, which does the same."""
+    """Rewrites ``options`` to those of the returned optimizer of torch, which does the same."""
     is_torch = options.pop("torch_adam", False)
     is_adamw = options.pop("adam_w_mode", True) or name.lower() == "adamw"
     options.pop("fp32_optimizer_states", None)  # as the moments here are

@@ -215,7 +215,7 @@ class DataFeed(Feed[InfoBatchSampler]):
         self, step: Callable[..., Any], schedule: ProgressLR
     ) -> Callable[..., Any]:
         """``engine.step``, before which the rate is set. DeepSpeed steps the schedule once more, after the
-        optimiser; without the keyword it would take its batch size for the progress."""
+        optimizer; without the keyword it would take its batch size for the progress."""
 
         def step_with_rate(lr_kwargs: dict[str, Any] | None = None) -> Any:
             if lr_kwargs is None and self.sampler is not None:

@@ -39,7 +39,7 @@ def initialize(
     file nor the dict is changed. Without one, or with nothing on in it, this is deepspeed.initialize.
     With one, ``engine.effx`` is a :class:`Handle`, and:
 
-    - "cautious": the optimiser of the configuration (AdamW, Adam, Lion) or of the call, object or
+    - "cautious": the optimizer of the configuration (AdamW, Adam, Lion) or of the call, object or
       callable, is replaced by its cautious form, with the same groups and settings.
     - "infobatch": the loader over ``training_data`` is an InfoBatchLoader, whose batches carry the samples'
       ids for ``engine.effx.weigh``.
@@ -50,7 +50,7 @@ def initialize(
     Raises:
         BuildLockError: such a build does not end.
         ConfigError: the block is refused, or something in the rest of the configuration, the model or the
-            optimiser cannot work beside it; on every rank, before anything is built.
+            optimizer cannot work beside it; on every rank, before anything is built.
     """
     block = read_block(args, config, config_params)
     await_builds(_is_deepspeeds)

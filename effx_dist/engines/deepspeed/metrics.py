@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from effx_dist.checkpoint.saving.pending import PendingSave
+from effx_dist.core.cautious import alignment_metrics
 from effx_dist.data import InfoBatchSampler
-from effx_dist.data.metrics import infobatch_metrics
-from effx_dist.optim.metrics import cautious_metrics
 
 EVERY_STEPS = 10
 """Where the configuration has no "steps_per_print"."""
 
 
 class MonitorMetrics:
-    """Writes to ``engine.monitor`` after optimiser steps, beside what DeepSpeed itself writes there, over the
+    """Writes to ``engine.monitor`` after optimizer steps, beside what DeepSpeed itself writes there, over the
     samples of all ranks (``engine.global_samples``).
 
     "effx/cautious/alignment" comes every "steps_per_print" steps, "effx/infobatch/..." with the first step of an
@@ -25,14 +24,14 @@ class MonitorMetrics:
     Args:
         engine: a DeepSpeedEngine; its ``step`` is wrapped, on the instance.
         sampler: gives the sampler of the moment, if there is one.
-        alignment: gives what the optimizer calls so, or None where it is not cautious.
+        alignment: gives what a cautious optimizer calls so; nothing of another.
     """
 
     def __init__(
         self,
         engine: Any,
         sampler: Callable[[], InfoBatchSampler | None],
-        alignment: Callable[[], Mapping[Any, float] | None],
+        alignment: Callable[[], Mapping[Any, float]],
     ) -> None:
         self._engine = engine
         self._sampler = sampler
@@ -74,9 +73,9 @@ class MonitorMetrics:
 
     def _after_step(self) -> None:
         if self._engine.global_steps % (self._engine.steps_per_print() or EVERY_STEPS) == 0:
-            self.write(cautious_metrics(self._alignment()))
+            self.write(alignment_metrics(self._alignment()))
         sampler = self._sampler()
         if sampler is not None and sampler.epoch != self._epoch:
             self._epoch = sampler.epoch
-            self.write(infobatch_metrics(sampler))
+            self.write(sampler.metrics())
         self.write_finished_saves()

@@ -1,8 +1,8 @@
-"""DeepSpeed: which elements of which parameters lie where in the tensors that its optimisers step.
+"""DeepSpeed: which elements of which parameters lie where in the tensors that its optimizers step.
 
 ZeRO lays the parameters of a group one behind the other and cuts the row (stages 1 and 2), or cuts every
 parameter and lays the parts of a sub-group one behind the other (stage 3). Either way the base
-optimiser gets flat tensors without names, with padding in them.
+optimizer gets flat tensors without names, with padding in them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from effx_dist.shard import (
 
 @dataclass(frozen=True)
 class Partition:
-    """One tensor that the base optimiser steps.
+    """One tensor that the base optimizer steps.
 
     Attributes:
         flat: the master weights: 1-D, float32 unless DeepSpeed is told to keep 16-bit masters; the key
-            of the base optimiser's state. Without ZeRO it may be a parameter, in its own shape.
-        group_index: its group in the base optimiser's ``param_groups``, which stage 3 keeps empty
+            of the base optimizer's state. Without ZeRO it may be a parameter, in its own shape.
+        group_index: its group in the base optimizer's ``param_groups``, which stage 3 keeps empty
             between steps.
         held: every parameter that is spread over this partition and those of the same place on the
             other ranks, in the same order on all of them, each with its pieces in ``flat``; this rank
@@ -63,20 +63,20 @@ class Partition:
 
 def partitions(engine: Any) -> list[Partition]:
     """The partitions of a DeepSpeedEngine, in the same order on every rank; none where it has no
-    optimiser. No communication is performed.
+    optimizer. No communication is performed.
 
     Parameters are named as in ``engine.module.named_parameters()``: a tied one once, by its first name.
     Without ZeRO each parameter is a partition of its own (one per group where DeepSpeed flattens them,
     under its FP16_Optimizer), and is spread over no group.
 
     Raises:
-        LayoutMismatchError: the optimiser holds a parameter that the model has not.
+        LayoutMismatchError: the optimizer holds a parameter that the model has not.
     """
     return list(_partitions(engine))
 
 
 def shard_map_source(engine: Any) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
-    """What tells an optimiser which parameters lie in the partitions that it is stepped with.
+    """What tells an optimizer which parameters lie in the partitions that it is stepped with.
 
     The returned function takes the partitions of any groups or sub-groups, in any order, the same on
     every rank; it raises LayoutMismatchError for a tensor that is none. No communication is performed.
@@ -98,8 +98,8 @@ def shard_map_source(engine: Any) -> Callable[[Sequence[torch.Tensor]], ShardMap
 def _known(known: dict[int, Partition], index: int, param: torch.Tensor) -> Partition:
     if id(param) not in known:
         raise LayoutMismatchError(
-            f"parameter {index} of the optimiser, of shape {tuple(param.shape)}, is no partition of this "
-            "DeepSpeed engine; step it through engine.step() alone, and make one engine per optimiser"
+            f"parameter {index} of the optimizer, of shape {tuple(param.shape)}, is no partition of this "
+            "DeepSpeed engine; step it through engine.step() alone, and make one engine per optimizer"
         )
     return known[id(param)]
 
@@ -212,7 +212,7 @@ class _Names:
         if param not in self._names:
             shape = tuple(getattr(param, "ds_shape", param.shape))
             raise LayoutMismatchError(
-                f"a parameter of shape {shape} is optimised that model.named_parameters() has not; "
+                f"a parameter of shape {shape} is optimized that model.named_parameters() has not; "
                 "give deepspeed.initialize a model that holds all of model_parameters"
             )
         return self._names[param]

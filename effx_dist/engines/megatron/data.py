@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def sample_losses(
-    output_tensor: torch.Tensor,
-    loss_mask: torch.Tensor,
-    context_group: ProcessGroup | None = None,
+    output_tensor: torch.Tensor, loss_mask: torch.Tensor, context_group: ProcessGroup | None = None
 ) -> torch.Tensor:
     """Mean loss of each sequence over its own target tokens: ``[micro_batch]``, float32.
 
@@ -151,7 +149,7 @@ class DataFeed(Feed[InfoBatchPretrainingSampler]):
         return self._weigh(losses, sample_ids, is_training=losses.requires_grad)
 
     def advance(self, opt_param_scheduler: Any = None) -> None:
-        """Count the samples of an optimiser step, and set its learning rate. On every rank, after the step's forward
+        """Count the samples of an optimizer step, and set its learning rate. On every rank, after the step's forward
         and backward passes, in the place of ``opt_param_scheduler.step(increment)``.
 
         Under pruning an epoch has fewer steps than samples promise. The schedule is therefore brought to

@@ -204,10 +204,7 @@ class MegatronState(LiveState):
         return self._of_parts(param.local, local.dtype, parts)
 
     def _of_parts(
-        self,
-        local: LocalTensor,
-        dtype: torch.dtype,
-        parts: Sequence[tuple[Box, torch.Tensor]],
+        self, local: LocalTensor, dtype: torch.dtype, parts: Sequence[tuple[Box, torch.Tensor]]
     ) -> Fragment:
         shape = self._shape(local.name, local.shape)
         if shape != local.shape:

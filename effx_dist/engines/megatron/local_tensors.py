@@ -32,7 +32,7 @@ from effx_dist.shard import (
     pieces_of_boxes,
     whole_box,
 )
-from effx_dist.shard.mesh import group_of_ranks
+from effx_dist.shard.group import group_of_ranks
 
 _METADATA = {"non_homogeneous_layers": True}
 """Keys then hold the number that a layer has in the whole model, at every pipeline layout."""
@@ -119,7 +119,7 @@ def check_local(optimizers: Sequence[Any], local_tensors: Sequence[LocalTensor])
     for param, *_ in (owned for optimizer in optimizers for owned in _owned(optimizer)):
         if id(param) not in known:
             raise LayoutMismatchError(
-                f"a parameter of shape {tuple(param.shape)} is optimised that no model chunk's "
+                f"a parameter of shape {tuple(param.shape)} is optimized that no model chunk's "
                 "sharded_state_dict() has; give attach all the chunks that the optimizer was made with"
             )
 

@@ -54,7 +54,7 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
         data_parallel_size: Their number, context-parallel ranks not counted.
         drop_last: See InfoBatchSampler; None: as ``config`` says.
         config: The "infobatch" section.
-        global_batch_size: Samples of one optimiser step, over all ranks.
+        global_batch_size: Samples of one optimizer step, over all ranks.
         group: The data-parallel ranks, without context parallelism; None: those of ``parallel_state``.
         peers: The ranks that get the same samples; None: those of ``parallel_state``, or none where ``group`` is given.
 
@@ -114,8 +114,6 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
         self._num_before = 0  # consumed in the epochs before this one
         self._was_epoch_set = False
 
-    # -- the epoch ---------------------------------------------------------------------------------------------------
-
     def set_epoch(self, epoch: int) -> None:
         """Begin ``epoch``, as InfoBatchSampler.set_epoch; nothing if it is the current one. Collective.
 
@@ -161,7 +159,7 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
         return self.inner.weigh(losses, sample_ids)
 
     def advance(self) -> None:
-        """Count one optimiser step where no losses are weighed: on every pipeline stage but the last, nothing on that.
+        """Count one optimizer step where no losses are weighed: on every pipeline stage but the last, nothing on that.
 
         Called after each step on every rank, or at least before `progress` is read. No communication is performed.
         """
@@ -180,8 +178,6 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
             )
         self.inner.load_state_dict({**self.inner.state_dict(), "position": self._given})
         self._is_to_skip = False
-
-    # -- what can be read at any time, without communication ---------------------------------------------------------
 
     @property
     def consumed_samples(self) -> int:
@@ -217,8 +213,6 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
     def samples_saved(self) -> int:
         """Samples left out by pruning in the run so far, the whole of the current epoch included."""
         return self.inner.samples_saved
-
-    # -- saved, and back ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """That of the inner sampler, and ``consumed_samples``. Collective; the same on the ranks of one model."""

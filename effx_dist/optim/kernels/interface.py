@@ -29,7 +29,7 @@ class Column(IntEnum):
 
 @dataclass(slots=True)  # not frozen: that makes making one four times slower
 class Item:
-    """One piece of one local parameter in one step, sharing memory with the optimiser.
+    """One piece of one local parameter in one step, sharing memory with the optimizer.
 
     Attributes:
         param: of any strides; float16, bfloat16, float32 or float64.

@@ -53,8 +53,8 @@ _DESCRIPTIONS = {
 }
 _PASSED_OVER = {
     "torch.distributed.checkpoint.planner": {
-        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
-    },
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    }
 }
 """What torch's plan caching and Megatron keep in the metadata beside the description (``all_local_plans``)."""
 _OF_OPTIMIZER = re.compile(r"(chained_[0-9]+\.)?(optimizer|optim)\.")

@@ -27,9 +27,8 @@ from effx_dist.checkpoint.tools.compress.content import (
     SourceTensor,
     keepable,
 )
-from effx_dist.checkpoint.tools.compress.names import names_of_groups
 from effx_dist.checkpoint.tools.compress.torch_file import StandIn, as_sources, load_torch
-from effx_dist.checkpoint.tools.compress.tree import optimizer_of
+from effx_dist.checkpoint.tools.compress.tree import names_of_groups, optimizer_of
 from effx_dist.checkpoint.tools.convert.universal import ENGINE
 from effx_dist.errors import ConfigError, CorruptCheckpointError
 from effx_dist.shard import Box

@@ -18,9 +18,8 @@ from effx_dist.checkpoint.state.training_state import run_values
 from effx_dist.checkpoint.storage.places import Location, location
 from effx_dist.checkpoint.storage.steps import committed_steps, step_folder
 from effx_dist.checkpoint.tools.compress.content import PlainContent, ReadOptions
-from effx_dist.checkpoint.tools.compress.division import Division
 from effx_dist.checkpoint.tools.compress.series import PlainCheckpoint, find_series
-from effx_dist.checkpoint.tools.compress.share import EmptyShare, Share
+from effx_dist.checkpoint.tools.compress.share import Division, EmptyShare, Share
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError, LayoutMismatchError
 from effx_dist.shard import Group, SoloGroup

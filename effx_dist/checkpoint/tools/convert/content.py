@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from effx_dist.checkpoint.format.bounds import check_declared
 from effx_dist.checkpoint.format.manifest import TensorRecord
 from effx_dist.checkpoint.format.reader import ChainReader
-from effx_dist.checkpoint.format.whole_tensors import OnProgress, read_whole
+from effx_dist.checkpoint.format.whole_tensors import OnProgress, check_declared, read_whole
 from effx_dist.checkpoint.state.matching import MODEL, OPTIMIZER
 from effx_dist.checkpoint.state.training_state import RunValues, run_values
 from effx_dist.checkpoint.state.tree import read_tree

@@ -8,20 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from effx_dist.checkpoint.tools.convert.content import Content
 from effx_dist.checkpoint.tools.convert.megatron_llama import (
     MEGATRON,
+    Weight,
     llama_config,
     llama_weights,
     require_llama,
     transformer_of,
 )
-from effx_dist.checkpoint.tools.convert.weights import Weight, WeightReader
 from effx_dist.checkpoint.tools.sharing import dealt_out
 from effx_dist.errors import ConfigError
-from effx_dist.shard import Group
+from effx_dist.shard import Group, whole_box
 
 CONFIG_KEY = "config"
 """Where a run keeps the model's configuration in a checkpoint's ``extra``."""
@@ -126,3 +127,40 @@ def _shard_name(index: int, num_shards: int) -> str:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class WeightReader:
+    """Reads weights; one that is taken from many places is cut from its whole source.
+
+    The last such source is kept, as its other parts are asked for next: that is one tensor of
+    memory beside what is returned. No communication is performed.
+    """
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+        self._kept: tuple[str, torch.Tensor] | None = None
+
+    def num_bytes(self, weight: Weight) -> int:
+        """Of the tensor to write."""
+        return weight.numel * self._dtype(weight).itemsize
+
+    def read(self, weight: Weight) -> torch.Tensor:
+        """The tensor to write, contiguous, in the stored dtype. Raises CorruptCheckpointError."""
+        if weight.is_zero:
+            return torch.zeros(weight.shape, dtype=self._dtype(weight))
+        stored = self._content.model[weight.source]
+        if weight.boxes == (whole_box(weight.source_shape),):
+            return self._content.read(stored)
+        if len(weight.boxes) == 1:
+            return self._content.read_box(stored, weight.boxes[0])
+        whole = self._whole(stored)
+        return torch.cat([whole[box.slices] for box in weight.boxes])
+
+    def _whole(self, stored: str) -> torch.Tensor:
+        if self._kept is None or self._kept[0] != stored:
+            self._kept = None  # before the next one takes its memory
+            self._kept = (stored, self._content.read(stored))
+        return self._kept[1]
+
+    def _dtype(self, weight: Weight) -> torch.dtype:
+        return self._content.record(self._content.model[weight.source]).torch_dtype

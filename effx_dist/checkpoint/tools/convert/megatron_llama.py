@@ -8,15 +8,57 @@ row changes its place within a head. Pure functions of what the checkpoint says;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from effx_dist.checkpoint.tools.convert.weights import Weight
 from effx_dist.errors import ConfigError
-from effx_dist.shard import Box
+from effx_dist.shard import Box, whole_box
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor to write: boxes of a tensor of the model, joined along the first dimension.
+
+    Attributes:
+        source: name of the model's tensor.
+        source_shape: what it must be.
+        boxes: at least one.
+        is_zero: zeros of the boxes' sizes and the source's dtype are meant, not its values.
+    """
+
+    source: str
+    source_shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    is_zero: bool = False
+
+    @classmethod
+    def whole(cls, source: str, shape: Sequence[int]) -> Weight:
+        """All of a tensor of the model."""
+        return cls(source, tuple(shape), (whole_box(shape),))
+
+    @classmethod
+    def rows(cls, source: str, shape: Sequence[int], ranges: Sequence[range]) -> Weight:
+        """Some rows of a tensor of the model, one range below the other."""
+        rest = tuple(shape[1:])
+        zeros = (0,) * len(rest)
+        boxes = tuple(Box((rows.start, *zeros), (len(rows), *rest)) for rows in ranges)
+        return cls(source, tuple(shape), boxes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor to write."""
+        if not self.source_shape:
+            return ()
+        return (sum(box.sizes[0] for box in self.boxes), *self.boxes[0].sizes[1:])
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor to write."""
+        return sum(box.numel for box in self.boxes)
+
 
 MEGATRON = "megatron"
 """Where a Megatron run says in a checkpoint's ``extra`` what its model is."""
@@ -217,10 +259,7 @@ def _require_fit(
 
 _NORMS = {  # of layers of Megatron's own, and of Transformer Engine's, which joins norm and linear
     "input_layernorm": ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-    "post_attention_layernorm": (
-        "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.layer_norm_weight",
-    ),
+    "post_attention_layernorm": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
 }
 
 
