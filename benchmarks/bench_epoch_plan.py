@@ -21,7 +21,8 @@ import torch
 import typer
 
 from effx_dist.data import EffxWarning, InfoBatchSampler
-from effx_dist.shard import Group, run_ranks
+from effx_dist.shard import Group
+from tests.thread_ranks import run_ranks
 
 
 def main(

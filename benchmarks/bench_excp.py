@@ -29,7 +29,7 @@ import xxhash
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effx_dist.checkpoint.format import coding
-from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointParts
+from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointPieces
 from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL
 from effx_dist.checkpoint.saving.quantisers import JointSpec
 from effx_dist.checkpoint.saving.quantisers import measure as measure_joints
@@ -260,7 +260,7 @@ def block_speed(num_blocks: int, profile: str, threads: int) -> dict[str, float]
     weight = reference + torch.from_numpy(draw() * np.float32(1e-3))
     first = torch.from_numpy(draw() * np.float32(1e-4))
     second = torch.from_numpy(np.square(draw()) * np.float32(1e-8))
-    parts = JointParts(box, weight, reference, first, second)
+    parts = JointPieces(box, weight, reference, first, second)
     spec, kept = JointSpec(Joint("w", "m", "v"), numel), torch.empty_like(weight)
 
     def save_link() -> tuple[JointQuantiser, Payloads]:

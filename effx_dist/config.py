@@ -230,6 +230,13 @@ class EffxConfig(_Section):
         """
         return cls._from_mapping(values, "")
 
+    @property
+    def on(self) -> Self:
+        """The block with None in the place of every section that is not enabled."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        found = {name: s if s is not None and s.enabled else None for name, s in sections.items()}
+        return self.model_copy(update=found)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the block in plain dicts, defaults spelled out; `from_dict` undoes it.
 

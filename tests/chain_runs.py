@@ -15,10 +15,10 @@ from effx_dist.checkpoint.format.reader import ChainReader, read_manifest
 from effx_dist.checkpoint.saving.drive import drive_load, drive_save
 from effx_dist.checkpoint.saving.manifest_building import SaveFacts
 from effx_dist.checkpoint.state.joints import is_chained
-from effx_dist.checkpoint.storage.step_names import step_name
-from effx_dist.checkpoint.storage.steps import newest_step
+from effx_dist.checkpoint.storage.steps import newest_step, step_name
 from effx_dist.config import ExcpConfig
-from effx_dist.shard import Box, Group, flat_range_to_boxes, run_ranks, whole_box
+from effx_dist.shard import Box, Group, flat_range_to_boxes, whole_box
+from tests.thread_ranks import run_ranks
 
 State = dict[str, torch.Tensor]
 Cut = Callable[[tuple[int, ...], int, int], list[Box]]

@@ -12,6 +12,7 @@ from effx_dist.core.excp import (
     SUMS_LEN,
     JointArrays,
     JointQuantiser,
+    JointSymbols,
     build_quantiser,
     cells,
     cells_len,
@@ -72,3 +73,17 @@ def same_bits(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def sub_range(quantiser: JointQuantiser, s: JointSymbols, start: int, stop: int) -> JointSymbols:
+    """The symbols of values start to stop of a piece, with their escapes: what decode takes."""
+    first = num = 0
+    if quantiser.escape_symbol is not None and s.escapes.size:
+        first = int(np.count_nonzero(s.w[:start] == quantiser.escape_symbol))
+        num = int(np.count_nonzero(s.w[start:stop] == quantiser.escape_symbol))
+    return JointSymbols(
+        s.w[start:stop],
+        s.escapes[first : first + num],
+        None if s.m is None else s.m[start:stop],
+        None if s.v is None else s.v[start:stop],
+    )

@@ -18,22 +18,24 @@ from torch import nn
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.places import location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     LATEST,
     MANIFEST,
     MANIFEST_SHA256,
     MERGED,
     MOMENTS_REMOVED,
     PINNED,
+    committed_steps,
     is_moments_file,
+    newest_step,
     step_name,
 )
-from effx_dist.checkpoint.storage.steps import committed_steps, newest_step
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import RankFailedError
-from effx_dist.shard import Group, SoloGroup, run_ranks
+from effx_dist.shard import Group, SoloGroup
 from tests.chain_runs import same_bits
 from tests.runs import Run, lossless
+from tests.thread_ranks import run_ranks
 
 Outcomes = dict[int, RankFailedError | None]
 """How each save ended, by step."""

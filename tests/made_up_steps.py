@@ -14,7 +14,7 @@ from effx_dist.checkpoint.format.manifest import (
 )
 from effx_dist.checkpoint.format.manifest_checks import write_manifest
 from effx_dist.checkpoint.storage.places import Folder, location
-from effx_dist.checkpoint.storage.step_names import MANIFEST, step_name
+from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
 
 WEIGHTS, MOMENTS = "rank-00000.effx", "rank-00000.moments.effx"
 FILES = {WEIGHTS: 5, MOMENTS: 7}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from effx_dist.data.peers import Peers
-from effx_dist.shard import Group, ThreadGroup, run_ranks
+from effx_dist.shard import Group
+from tests.thread_ranks import ThreadGroup, run_ranks
 
 T = TypeVar("T")
 TIMEOUT_S = 20.0

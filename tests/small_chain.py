@@ -15,7 +15,7 @@ import xxhash
 
 from effx_dist.checkpoint import Checkpointer
 from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL
-from effx_dist.checkpoint.storage.step_names import MANIFEST, step_name
+from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.shard import Group, SoloGroup
 

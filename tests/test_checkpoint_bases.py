@@ -9,7 +9,7 @@ import pytest
 
 from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     MANIFEST,
     MANIFEST_SHA256,
     MOMENTS_REMOVED,

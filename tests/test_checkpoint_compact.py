@@ -11,8 +11,7 @@ from effx_dist.checkpoint import verify_folder
 from effx_dist.checkpoint.format.block_files import BlockWriter
 from effx_dist.checkpoint.format.manifest import BlockRecord
 from effx_dist.checkpoint.saving.retention import retire
-from effx_dist.checkpoint.storage.step_names import MANIFEST, MERGED, step_name
-from effx_dist.checkpoint.storage.steps import committed_steps
+from effx_dist.checkpoint.storage.steps import MANIFEST, MERGED, committed_steps, step_name
 from effx_dist.checkpoint.tools import compact as compact_module
 from effx_dist.checkpoint.tools.compact import compact
 from effx_dist.config import ExcpConfig

@@ -14,8 +14,7 @@ from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.saving.writer import ExcpWriter
 from effx_dist.checkpoint.storage.places import location
-from effx_dist.checkpoint.storage.step_names import step_name
-from effx_dist.checkpoint.storage.steps import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps, step_name
 from effx_dist.checkpoint.tools.compress import CompressReport, ReadOptions, compress_series
 from effx_dist.checkpoint.tools.compress.content import PlainContent
 from effx_dist.checkpoint.tools.compress.share import Division
@@ -29,9 +28,10 @@ from effx_dist.errors import (
     LayoutMismatchError,
     RankFailedError,
 )
-from effx_dist.shard import Group, SoloGroup, run_ranks
+from effx_dist.shard import Group, SoloGroup
 from tests import plain_series as plain
 from tests.plain_series import BALANCED, LOSSLESS, STEPS, assert_same
+from tests.thread_ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from effx_dist.checkpoint.tools.compress import ReadOptions, compress_series
 from effx_dist.checkpoint.tools.compress.deepspeed import STAND_INS
 from effx_dist.checkpoint.tools.compress.torch_file import load_torch
 from effx_dist.errors import ConfigError, CorruptCheckpointError
-from effx_dist.shard import Group, SoloGroup, run_ranks
+from effx_dist.shard import Group, SoloGroup
 from tests import plain_series as plain
 from tests.deepspeed_checkpoint_runs import (
     BF16,
@@ -33,6 +33,7 @@ from tests.deepspeed_checkpoint_runs import (
 from tests.deepspeed_runs import Model, be_a_rank, needs_deepspeed, two_groups
 from tests.plain_series import LOSSLESS, assert_same
 from tests.ranks import spawn
+from tests.thread_ranks import run_ranks
 
 TORCHS: dict[str, Any] = {"optimizer": {"params": {"torch_adam": True}}}
 STEPS = (1, 2)

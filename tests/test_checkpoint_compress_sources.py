@@ -19,11 +19,12 @@ from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.places import location
 from effx_dist.checkpoint.tools.compress import ReadOptions, compress_series
 from effx_dist.errors import ConfigError, CorruptCheckpointError
-from effx_dist.shard import Box, Group, SoloGroup, run_ranks
+from effx_dist.shard import Box, Group, SoloGroup
 from tests import plain_series as plain
 from tests.deepspeed_checkpoint_runs import State, sharded, state_of_fsdp, train_fsdp
 from tests.plain_series import LOSSLESS, all_of_them, assert_same, compressed, named_state, trained
 from tests.ranks import spawn
+from tests.thread_ranks import run_ranks
 
 
 class Touch:

@@ -12,13 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from effx_dist.checkpoint.format import whole_tensors as pieces
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.checkpoint.tools.convert import ConvertOptions, convert_checkpoint
 from effx_dist.checkpoint.tools.sharing import dealt_out
 from effx_dist.errors import ConfigError, RankFailedError
-from effx_dist.shard import Group, run_ranks
+from effx_dist.shard import Group
 from tests import small_chain
 from tests.mpi_runs import effx_by_mpirun, needs_mpi
+from tests.thread_ranks import run_ranks
 
 OPTIONS = ConvertOptions(config={"model_type": "llama"}, max_shard_size="6kB")
 """Several shards of the small chain's model."""

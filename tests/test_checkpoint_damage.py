@@ -16,12 +16,13 @@ import torch
 import effx_dist
 from effx_dist.checkpoint import Checkpointer, ExcpReader, inspect_folder, verify_folder
 from effx_dist.checkpoint.format.block_files import MAGIC
-from effx_dist.checkpoint.storage.step_names import MANIFEST, step_name
+from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
-from effx_dist.shard import SoloGroup, run_ranks, whole_box
+from effx_dist.shard import SoloGroup, whole_box
 from tests import small_chain as chain
 from tests.small_chain import BASE, LINK, TOP
+from tests.thread_ranks import run_ranks
 
 RANK_FILES = ("rank-00000.effx", "rank-00000.moments.effx")
 

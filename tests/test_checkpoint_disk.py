@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from effx_dist.checkpoint import Checkpointer
-from effx_dist.shard import run_ranks
 from tests import fault_checks as checks
 from tests.fault_target import in_own_mounts, mount
+from tests.thread_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 PAGE = 4096

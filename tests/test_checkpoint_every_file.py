@@ -13,9 +13,9 @@ from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.saving.retention import pin
 from effx_dist.checkpoint.tools.compact import compact
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
-from effx_dist.shard import run_ranks
 from tests import fault_checks as checks
 from tests.runs import lossless
+from tests.thread_ranks import run_ranks
 
 NEWEST = 4
 KEPT_FOR_WEIGHTS = 1

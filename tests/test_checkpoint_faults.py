@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from effx_dist.checkpoint import Checkpointer, ExcpWriter, verify_folder
-from effx_dist.checkpoint.format.chunks import JointParts
+from effx_dist.checkpoint.format.chunks import JointPieces
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.ownership import OWNER
-from effx_dist.checkpoint.storage.step_names import LATEST, step_name
-from effx_dist.checkpoint.storage.steps import committed_steps
+from effx_dist.checkpoint.storage.steps import LATEST, committed_steps, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, RankFailedError
-from effx_dist.shard import Group, run_ranks
+from effx_dist.shard import Group
 from tests.chain_runs import SavingRank, Training, read_whole, rows, same_bits, save_all
 from tests.fault_injection import Operation, fails_once, watched
 from tests.runs import Run, committed, lossless
+from tests.thread_ranks import run_ranks
 
 CONFIG = ExcpConfig(profile="balanced")
 FAILING = "step-2"
@@ -92,7 +92,7 @@ def test_a_full_disk_on_one_rank(operation: Operation, profile: str, tmp_path: P
         assert "No space left" in str(error)
 
 
-class BrokenParts(JointParts):
+class BrokenParts(JointPieces):
     """Cannot be looked at."""
 
     def arrays(self, cut: slice) -> NoReturn:
@@ -103,15 +103,15 @@ def test_a_rank_that_fails_while_statistics_are_merged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """In the middle of collectives: nobody waits for it, and it alone is named."""
-    real = ExcpWriter._joint_parts
+    real = ExcpWriter._joint_pieces
 
-    def joint_parts(self: ExcpWriter, decision: Any, parts: Any) -> Any:
+    def joint_pieces(self: ExcpWriter, decision: Any, parts: Any) -> Any:
         found = real(self, decision, parts)
         if str(self.path).endswith(f"run/{FAILING}") and decision.rank == 1:
             return {n: [BrokenParts(**vars(p)) for p in some] for n, some in found.items()}
         return found
 
-    monkeypatch.setattr(ExcpWriter, "_joint_parts", joint_parts)
+    monkeypatch.setattr(ExcpWriter, "_joint_pieces", joint_pieces)
     for error in save_with_one_failure(tmp_path / "run"):
         assert error.failures.keys() == {1}
         assert "No space left" in error.failures[1]

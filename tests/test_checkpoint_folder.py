@@ -16,24 +16,22 @@ from hypothesis import strategies as st
 
 from effx_dist.checkpoint.saving.retention import remove_leftovers
 from effx_dist.checkpoint.storage.places import Location, location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     LATEST,
     MANIFEST,
     REMOVING,
     checked_rank_file_name,
     checked_sibling_name,
-    is_moments_file,
-    moments_file_name,
-    rank_file_name,
-    step_name,
-    step_of,
-)
-from effx_dist.checkpoint.storage.steps import (
     claim_step_folder,
     committed_steps,
+    is_moments_file,
+    moments_file_name,
     newest_step,
+    rank_file_name,
     remove_step,
     require_committed,
+    step_name,
+    step_of,
     uncommitted_steps,
     unfinished_steps,
 )

@@ -17,7 +17,7 @@ from effx_dist.checkpoint import Checkpointer, ExcpReader, set_max_decoded_bytes
 from effx_dist.checkpoint.format import whole_tensors as bounds
 from effx_dist.checkpoint.format.manifest import BLOCK_NUMEL, Delta
 from effx_dist.checkpoint.format.reader import open_checkpoint, read_manifest
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.checkpoint.tools.convert import convert_checkpoint
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError, CorruptCheckpointError, EffxError

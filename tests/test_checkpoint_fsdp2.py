@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.optim import CautiousAdamW
 from tests.chain_runs import codings, read_whole, same_bits

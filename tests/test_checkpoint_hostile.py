@@ -15,7 +15,7 @@ import pytest
 
 from effx_dist.checkpoint import verify_folder
 from effx_dist.checkpoint.format.manifest import VERSION, manifest_from_bytes, manifest_to_bytes
-from effx_dist.checkpoint.storage.step_names import MANIFEST
+from effx_dist.checkpoint.storage.steps import MANIFEST
 from effx_dist.errors import CorruptCheckpointError
 from tests import small_chain as chain
 from tests.small_chain import BASE, TOP, edit, set_at

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
-from effx_dist.checkpoint.storage.step_names import LATEST, step_of
-from effx_dist.checkpoint.storage.steps import committed_steps, unfinished_steps
+from effx_dist.checkpoint.storage.steps import LATEST, committed_steps, step_of, unfinished_steps
 from tests import kill_target
 from tests.chain_runs import same_bits
 from tests.kill_target import Job, Training

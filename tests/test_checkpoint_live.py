@@ -13,10 +13,11 @@ from effx_dist.checkpoint import Checkpointer, Fragment
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName
 from effx_dist.checkpoint.state.torch_state import live_state
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.errors import ConfigError, LayoutMismatchError, RankFailedError
-from effx_dist.shard import Group, Piece, WholeTensor, pieces_of_flat_range, run_ranks
+from effx_dist.shard import Group, Piece, WholeTensor, pieces_of_flat_range
 from tests.runs import Run, lossless
+from tests.thread_ranks import run_ranks
 
 State = dict[str, torch.Tensor]
 Cut = Sequence[int]

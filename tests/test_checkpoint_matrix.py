@@ -22,12 +22,11 @@ import pytest
 import effx_dist.checkpoint.saving.decision
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.saving.retention import pin
-from effx_dist.checkpoint.storage.step_names import step_name, step_of
-from effx_dist.checkpoint.storage.steps import committed_steps
-from effx_dist.shard import run_ranks
+from effx_dist.checkpoint.storage.steps import committed_steps, step_name, step_of
 from tests import fault_checks as checks
 from tests.fault_injection import ERRORS, Operation, fails_once, kills_at, watch, watched
 from tests.runs import lossless
+from tests.thread_ranks import run_ranks
 
 PINNED, LAST = 2, 3
 DISTURBED = (4, 5)

@@ -12,9 +12,10 @@ from torch import nn
 
 from effx_dist.checkpoint import Checkpointer
 from effx_dist.errors import EffxError, LayoutMismatchError, RankFailedError
-from effx_dist.shard import Group, run_ranks
+from effx_dist.shard import Group
 from tests.chain_runs import same_bits
 from tests.runs import Run, lossless, small_model, two_groups
+from tests.thread_ranks import run_ranks
 
 
 def narrower() -> nn.Module:

@@ -18,8 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.state.names import tied_names, torch_name
-from effx_dist.checkpoint.storage.step_names import step_name
-from effx_dist.checkpoint.storage.steps import committed_steps
+from effx_dist.checkpoint.storage.steps import committed_steps, step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import UnreadableSaveError
 from tests.runs import lossless

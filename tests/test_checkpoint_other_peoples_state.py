@@ -20,7 +20,7 @@ from torch.utils.data import DistributedSampler
 
 from effx_dist.checkpoint import Checkpointer, PerRank, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import EffxError
 from tests.ranks import spawn

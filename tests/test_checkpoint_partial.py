@@ -12,11 +12,12 @@ from torch import nn
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.errors import CorruptCheckpointError, LayoutMismatchError
-from effx_dist.shard import Group, run_ranks
+from effx_dist.shard import Group
 from tests.chain_runs import read_whole, same_bits
 from tests.runs import Run, lossless, small_model, two_groups
+from tests.thread_ranks import run_ranks
 
 State = dict[str, torch.Tensor]
 

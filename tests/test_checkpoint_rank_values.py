@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from effx_dist.checkpoint import Checkpointer, PerRank, verify_folder
 from effx_dist.checkpoint.state.rank_values import agreed
 from effx_dist.errors import LayoutMismatchError, RankFailedError
-from effx_dist.shard import Group, LocalRows, SoloGroup, run_ranks
+from effx_dist.shard import Group, LocalRows, SoloGroup
 from tests.runs import committed, lossless
+from tests.thread_ranks import run_ranks
 
 
 class Kept:

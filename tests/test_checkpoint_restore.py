@@ -15,9 +15,10 @@ from torch import nn
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.config import ExcpConfig
 from effx_dist.optim import CautiousAdamW, CautiousLion
-from effx_dist.shard import Group, LocalRows, run_ranks
+from effx_dist.shard import Group, LocalRows
 from tests.chain_runs import same_bits
 from tests.runs import MakeOptimizer, Run, lossless, two_groups
+from tests.thread_ranks import run_ranks
 
 
 class Tied(nn.Module):

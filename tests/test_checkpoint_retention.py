@@ -20,15 +20,16 @@ from effx_dist.checkpoint.saving.retention import (
     with_parents,
 )
 from effx_dist.checkpoint.storage.places import Location, location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     MANIFEST,
     MERGED,
     MOMENTS_REMOVED,
     PINNED,
     REMOVING,
+    committed_steps,
+    newest_step,
     step_name,
 )
-from effx_dist.checkpoint.storage.steps import committed_steps, newest_step
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import CheckpointNotFoundError
 from tests.made_up_steps import FILES, MOMENTS, WEIGHTS, make_chain, make_step

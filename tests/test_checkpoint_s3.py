@@ -22,7 +22,7 @@ from effx_dist.checkpoint.tools.inspect import inspect_folder
 from effx_dist.checkpoint.tools.verify import verify_folder
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import RankFailedError
-from effx_dist.shard import Group, SoloGroup, run_ranks
+from effx_dist.shard import Group, SoloGroup
 from tests.object_store import (
     BUCKET,
     Answer,
@@ -35,6 +35,7 @@ from tests.object_store import (
     serving,
     status,
 )
+from tests.thread_ranks import run_ranks
 
 SYNC = ExcpConfig(async_mode="sync", keep_latest_k=0, base_every=3)
 

@@ -59,7 +59,7 @@ def test_it_ends_also_while_it_is_busy(tmp_path: Path) -> None:
     """The watcher does not depend on the loop that answers requests."""
     program = (
         "import os, sys, threading\n"
-        "from effx_dist.checkpoint.saving.saving_process import end_with\n"
+        "from effx_dist.checkpoint.saving.executor import end_with\n"
         "end_with(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "threading.Event().wait()\n"

@@ -22,8 +22,9 @@ from effx_dist.errors import (
     CorruptCheckpointError,
     LayoutMismatchError,
 )
-from effx_dist.shard import Group, SoloGroup, run_ranks
+from effx_dist.shard import Group, SoloGroup
 from tests.chain_runs import Cut, Training, cut_state, flat, hybrid, replicas, rows
+from tests.thread_ranks import run_ranks
 
 CONFIG = ExcpConfig(profile="balanced", async_mode="sync", seeded_base=True, keep_latest_k=0)
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from effx_dist.checkpoint import Checkpointer, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.errors import LayoutMismatchError
 from tests.runs import lossless
 

@@ -15,20 +15,18 @@ from effx_dist.checkpoint import Checkpointer, inspect_folder, verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.saving.retention import remove_leftovers, retire, set_aside_newer
 from effx_dist.checkpoint.storage.places import Location, location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     LATEST,
     MANIFEST,
     STEP_PREFIXES,
     TAG,
     StepPrefix,
-    step_name,
-    step_of,
-)
-from effx_dist.checkpoint.storage.steps import (
     claim_step_folder,
     committed_steps,
     newest_step,
     step_folder,
+    step_name,
+    step_of,
     tagged_step,
     uncommitted_steps,
     unfinished_steps,

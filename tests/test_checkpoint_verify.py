@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from effx_dist.checkpoint import VerifyReport, verify_folder
-from effx_dist.checkpoint.storage.step_names import MANIFEST, step_name
+from effx_dist.checkpoint.storage.steps import MANIFEST, step_name
 from effx_dist.checkpoint.tools import verify as verify_module
 from effx_dist.errors import CheckpointNotFoundError, RankFailedError
-from effx_dist.shard import Group, run_ranks
+from effx_dist.shard import Group
 from tests import small_chain
+from tests.thread_ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from effx_dist.checkpoint import verify_folder
 from effx_dist.checkpoint.format.reader import read_manifest
-from effx_dist.checkpoint.storage.step_names import step_name
+from effx_dist.checkpoint.storage.steps import step_name
 from effx_dist.config import ExcpConfig
 from tests.chain_runs import (
     Cut,

@@ -14,9 +14,10 @@ from effx_dist.data import EffxWarning, InfoBatchSampler
 from effx_dist.data.peers import Peers
 from effx_dist.data.plan import EpochPlan
 from effx_dist.errors import ConfigError, EffxError, LayoutMismatchError, RankFailedError
-from effx_dist.shard import Group, SoloGroup, run_ranks
+from effx_dist.shard import Group, SoloGroup
 from tests.data_runs import consume, merge_runs, plain_losses, train
 from tests.peer_ranks import Grid, Place, run_grid
+from tests.thread_ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*NaN or infinite")
 SETTINGS: dict[str, Any] = {"num_samples": 600, "num_epochs": 5, "seed": 4, "batch_size": 4}

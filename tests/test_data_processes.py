@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from effx_dist.shard import as_group, run_ranks
+from effx_dist.shard import as_group
 from tests.data_runs import LAYOUTS, make, merge_runs, plain_losses, train
 from tests.ranks import spawn
+from tests.thread_ranks import run_ranks
 
 SETTINGS = {"num_samples": 700, "num_epochs": 4, "score": "relative", "threshold": 0.7}
 

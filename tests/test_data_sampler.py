@@ -13,7 +13,6 @@ import torch
 
 from effx_dist.data import EffxWarning, InfoBatchSampler
 from effx_dist.errors import ConfigError, EffxError, RankFailedError
-from effx_dist.shard import run_ranks
 from tests.data_runs import (
     LAYOUTS,
     LossOf,
@@ -25,6 +24,7 @@ from tests.data_runs import (
     plain_losses,
     train,
 )
+from tests.thread_ranks import run_ranks
 
 SETTINGS = [
     {"score": "loss"},

@@ -12,8 +12,9 @@ import torch
 
 from effx_dist.data import InfoBatchSampler
 from effx_dist.errors import ConfigError, EffxError, LayoutMismatchError
-from effx_dist.shard import LocalRows, run_ranks
+from effx_dist.shard import LocalRows
 from tests.data_runs import LAYOUTS, Merged, consume, faulty_losses, make, merge_runs, train
+from tests.thread_ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*NaN or infinite", "ignore:.*is explained by when")
 

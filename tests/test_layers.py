@@ -20,7 +20,7 @@ MAX_PUBLIC_NAMES = 12
 
 # Each unit may import itself and what stands above it here; units in one line are peers.
 LAYERS = [
-    ["version"],
+    ["version", "forwarded"],
     ["errors", "launchers"],
     ["config"],
     ["native"],

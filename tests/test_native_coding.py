@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effx_dist.checkpoint.format import chunks, coding
-from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointParts, in_order
+from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointPieces, in_order
 from effx_dist.checkpoint.saving.quantisers import JointSpec, measure
 from effx_dist.checkpoint.state.joints import Joint
 from effx_dist.core.excp import PROFILES, JointQuantiser
@@ -137,7 +137,7 @@ def everything(threads: int, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     reference = torch.from_numpy(hostile_values(1, numel, [0.5]))
     weight = reference + torch.from_numpy(arrays.r)
     first, second = torch.from_numpy(arrays.m), torch.from_numpy(arrays.v)
-    parts = JointParts(box, weight, reference, first, second)
+    parts = JointPieces(box, weight, reference, first, second)
     spec = JointSpec(Joint("w", "m", "v"), numel)
     found = measure([spec], {"w": [parts]}, PROFILES["safe"], SoloGroup(), threads)["w"]
     files = Memory()

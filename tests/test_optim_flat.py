@@ -18,11 +18,11 @@ from effx_dist.shard import (
     SoloGroup,
     WholeTensor,
     pieces_of_flat_range,
-    run_ranks,
     whole_box,
 )
 from tests.conformance import cautious as conformance
 from tests.conformance.cautious import SCENARIOS, SHAPES, Scenario, Session
+from tests.thread_ranks import run_ranks
 
 PADDING = 0.25  # not zero, so that a step that touches padding shows
 WITHOUT_GRAD = "adamw, steps without a gradient"  # a flat gradient has no holes

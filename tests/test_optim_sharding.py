@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from effx_dist.optim import CautiousAdamW, CautiousLion
 from effx_dist.optim.base import CautiousOptimizer
-from effx_dist.shard import Group, ShardMap, WholeTensor, pieces_of_flat_range, run_ranks
+from effx_dist.shard import Group, ShardMap, WholeTensor, pieces_of_flat_range
 from effx_dist.shard.group import JointGroup
 from tests.conformance import cautious as conformance
 from tests.conformance.cautious import SCENARIOS, SHAPES, Engine, Scenario, TensorSession
@@ -40,6 +40,7 @@ from tests.optim_runs import (
     whole_grads_to,
 )
 from tests.ranks import spawn
+from tests.thread_ranks import run_ranks
 
 FSDP2_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "scalar"}
 MATRICES = {"large": (65, 64), "few_rows": (3, 65), "cube": (2, 3, 5)}

@@ -12,7 +12,8 @@ import torch
 from effx_dist.errors import ConfigError
 from effx_dist.optim import CautiousAdamW, CautiousLion, CautiousSGD
 from effx_dist.optim.base import CautiousOptimizer
-from effx_dist.shard import Group, ShardMap, SoloGroup, WholeTensor, pieces_of_flat_range, run_ranks
+from effx_dist.shard import Group, ShardMap, SoloGroup, WholeTensor, pieces_of_flat_range
+from tests.thread_ranks import run_ranks
 
 ALL = pytest.mark.parametrize("optimizer", [CautiousAdamW, CautiousLion, CautiousSGD])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "auto"])

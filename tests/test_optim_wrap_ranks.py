@@ -22,19 +22,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from effx_dist.optim import CautiousWrapper, cautious
-from effx_dist.shard import (
-    Group,
-    Piece,
-    ShardMap,
-    ThreadGroup,
-    WholeTensor,
-    pieces_of_flat_range,
-    run_ranks,
-)
+from effx_dist.shard import Group, Piece, ShardMap, WholeTensor, pieces_of_flat_range
 from tests.conformance import cautious as conformance
 from tests.conformance.cautious import SHAPES, Engine, Scenario, TensorSession
 from tests.inner_optimizers import NormalisedMomentum, PlainLion
 from tests.ranks import spawn
+from tests.thread_ranks import ThreadGroup, run_ranks
 
 FSDP2_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "scalar"}
 

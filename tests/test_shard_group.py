@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from effx_dist.errors import RankFailedError
-from effx_dist.shard import Group, SoloGroup, ThreadGroup, TorchGroup, as_group, run_ranks
+from effx_dist.shard import Group, SoloGroup, TorchGroup, as_group
 from tests.conformance import group as conformance
 from tests.ranks import spawn
+from tests.thread_ranks import ThreadGroup, run_ranks
 
 
 def test_solo_group_conforms() -> None:

@@ -33,17 +33,16 @@ from effx_dist.shard import (
     PlacedBox,
     ShardMap,
     SoloGroup,
-    ThreadGroup,
     WholeTensor,
     local_of,
     pieces_of_boxes,
     pieces_of_flat_range,
     pieces_of_tensor,
-    run_ranks,
     start_sum,
     whole_box,
 )
 from tests.ranks import spawn
+from tests.thread_ranks import ThreadGroup, run_ranks
 
 Shape = tuple[int, ...]
 

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from effx_dist.errors import RankFailedError
-from effx_dist.shard import Group, StoreGroup, TorchGroup, meet, run_ranks
+from effx_dist.shard import Group, StoreGroup, TorchGroup, meet
 from tests.conformance import group as conformance
 from tests.processes import stop
 from tests.ranks import spawn
+from tests.thread_ranks import run_ranks
 
 T = TypeVar("T")
 LONG, SHORT = timedelta(seconds=60), timedelta(seconds=0.3)

@@ -29,8 +29,13 @@ from effx_dist.checkpoint.state.matching import LoadReport, NameMap, warn_of_lef
 from effx_dist.checkpoint.state.torch_state import live_state
 from effx_dist.checkpoint.state.training_state import Stateful, TrainingState, collect, shared_out
 from effx_dist.checkpoint.storage.places import folder_key, location
-from effx_dist.checkpoint.storage.step_names import StepPrefix, step_name
-from effx_dist.checkpoint.storage.steps import committed_steps, newest_step, step_folder
+from effx_dist.checkpoint.storage.steps import (
+    StepPrefix,
+    committed_steps,
+    newest_step,
+    step_folder,
+    step_name,
+)
 from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag
 from effx_dist.config import ExcpConfig
 from effx_dist.errors import ConfigError

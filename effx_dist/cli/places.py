@@ -73,8 +73,7 @@ def folder_and_step(folder: str, step: int | None) -> tuple[str, int | None]:
     """
     folder = checkpoint_folder(folder)
     from effx_dist.checkpoint.storage.places import location
-    from effx_dist.checkpoint.storage.step_names import TAG, step_of
-    from effx_dist.checkpoint.storage.steps import tagged_step
+    from effx_dist.checkpoint.storage.steps import TAG, step_of, tagged_step
 
     path = folder.rstrip("/") if "://" in folder else str(Path(folder).absolute())
     parent, _, name = path.rpartition("/")

@@ -10,14 +10,3 @@ from effx_dist.codecs.symbols import (
     unpack_inside,
     unpack_parts,
 )
-
-__all__ = [
-    "BytePlanes",
-    "SparseSymbols",
-    "SymbolParts",
-    "pack",
-    "pack_inside",
-    "unpack",
-    "unpack_inside",
-    "unpack_parts",
-]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effx_dist.errors import ConfigError, RankFailedError
+from effx_dist.errors import ConfigError
 from effx_dist.shard import Group, SoloGroup
 from effx_dist.shard.group import ReduceOp
 
@@ -43,15 +43,12 @@ class Peers:
         None on all peers, or an error on all. One small gather a group.
         """
         for group in self.groups:
-            told = None if error is None else f"{type(error).__name__}: {error}"
-            news = group.all_gather_object((told, consumed))
-            failures = {rank: text for rank, (text, _) in enumerate(news) if text is not None}
-            counts = [count for _, count in news]
-            if error is not None:
+            try:
+                counts = group.tell_all(error, consumed)
+            except Exception as told:  # this rank's own, or one that names a peer
+                error = told
                 continue
-            if failures:
-                error = RankFailedError(failures)
-            elif min(counts) < max(counts):
+            if min(counts) < max(counts):
                 error = ConfigError(
                     f"{', '.join(map(str, counts))} samples of the epoch were consumed by the ranks that get the same "
                     "ones: weigh every micro-batch where there are losses, and call advance after each step where "

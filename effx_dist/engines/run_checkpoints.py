@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from effx_dist.checkpoint import Checkpointer, LiveState, PendingSave
 from effx_dist.checkpoint.checkpointer import CheckpointersByFolder
 from effx_dist.checkpoint.state.training_state import Stateful
-from effx_dist.checkpoint.storage.step_names import StepPrefix
+from effx_dist.checkpoint.storage.steps import StepPrefix
 from effx_dist.config import ExcpConfig
 
 SAMPLER = "sampler"

@@ -87,16 +87,9 @@ class CautiousAdamW(CautiousOptimizer):
             differentiable=differentiable,
             decoupled_weight_decay=decoupled_weight_decay or not weight_decay,
         )
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "cautious_weight_decay": cautious_weight_decay,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, implementation, shard_map)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        flags = (cautious_weight_decay, maximize, capturable)
+        super().__init__(params, defaults, flags, implementation, shard_map)
 
     def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
         return _RULE

@@ -137,6 +137,10 @@ NEEDED_OPTIONS = {
 """Options of torch's optimizers of the same names, and the one value of each that is done here."""
 
 
+FLAGS = ("cautious_weight_decay", "maximize", "capturable")
+"""Settings of every group of every cautious optimizer, beside those of its update rule."""
+
+
 class CautiousOptimizer(MaskedOptimizer):
     """Base of the cautious optimizers: a subclass gives the update rule, this class the step.
 
@@ -158,6 +162,7 @@ class CautiousOptimizer(MaskedOptimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
+        flags: tuple[bool, bool, bool],
         implementation: Implementation,
         shard_map: ShardMapSource | None,
     ) -> None:
@@ -168,7 +173,7 @@ class CautiousOptimizer(MaskedOptimizer):
         self.implementation: Implementation = implementation
         self._layouts = DrawnLayouts(shard_map)
         self._clipping: tuple[torch.Tensor, float] | None = None
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | dict(zip(FLAGS, flags, strict=True)))
 
     @abstractmethod
     def _rule(self, group: Mapping[str, Any]) -> UpdateRule:

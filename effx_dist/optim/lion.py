@@ -50,15 +50,9 @@ class CautiousLion(CautiousOptimizer):
         differentiable: bool = False,
     ) -> None:
         refuse_options(foreach=foreach, fused=fused, differentiable=differentiable)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "cautious_weight_decay": cautious_weight_decay,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, implementation, shard_map)
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        flags = (cautious_weight_decay, maximize, capturable)
+        super().__init__(params, defaults, flags, implementation, shard_map)
 
     def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
         return _RULE

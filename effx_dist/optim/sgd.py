@@ -66,11 +66,9 @@ class CautiousSGD(CautiousOptimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
-            "cautious_weight_decay": cautious_weight_decay,
-            "maximize": maximize,
-            "capturable": capturable,
         }
-        super().__init__(params, defaults, implementation, shard_map)
+        flags = (cautious_weight_decay, maximize, capturable)
+        super().__init__(params, defaults, flags, implementation, shard_map)
 
     def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
         return _NESTEROV if group["nesterov"] else _PLAIN

@@ -20,6 +20,7 @@ from effx_dist.core.cautious import (
 )
 from effx_dist.core.update_rules import Scalar
 from effx_dist.errors import ConfigError
+from effx_dist.forwarded import Forwarded
 from effx_dist.optim.base import CautiousOptimizer, MaskedOptimizer
 from effx_dist.optim.drawn_layouts import DrawnLayouts
 from effx_dist.optim.inner_step import InnerStep, Moved
@@ -211,32 +212,9 @@ class CautiousWrapper(MaskedOptimizer):
     _inner: InnerStep
 
     # Looked up at each use, since load_state_dict replaces them.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
+    param_groups = Forwarded[list[dict[str, Any]]]("optimizer.param_groups")
+    state = Forwarded[Any]("optimizer.state")
+    defaults = Forwarded[dict[str, Any]]("optimizer.defaults")
 
     def _masked_step(self) -> None:
         """Padding of a shard map stays as the inner optimizer leaves it.

@@ -2,13 +2,3 @@
 
 from effx_dist.report.page import write_report
 from effx_dist.report.run_log import Event, Record, RunLog, RunNotFoundError, RunRecords, read_run
-
-__all__ = [
-    "Event",
-    "Record",
-    "RunLog",
-    "RunNotFoundError",
-    "RunRecords",
-    "read_run",
-    "write_report",
-]

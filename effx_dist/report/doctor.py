@@ -20,17 +20,8 @@ from effx_dist.report.text import bytes_text, plural
 from effx_dist.version import __version__
 
 REQUIRED = (
-    "torch",
-    "numpy",
-    "numcodecs",
-    "zstandard",
-    "xxhash",
-    "pydantic",
-    "fsspec",
-    "safetensors",
-    "typer",
-    "rich",
-    "pyyaml",
+    *("torch", "numpy", "numcodecs", "zstandard", "xxhash", "pydantic"),
+    *("fsspec", "safetensors", "typer", "rich", "pyyaml"),
 )
 OPTIONAL = {
     "deepspeed": "engine",

@@ -1,15 +1,7 @@
 """Who holds which part of which whole tensor, and how the holders talk to each other."""
 
 from effx_dist.shard.box import Box, boxes_to_flat_range, flat_range_to_boxes, flat_start, whole_box
-from effx_dist.shard.group import (
-    Group,
-    SoloGroup,
-    ThreadGroup,
-    TorchGroup,
-    as_group,
-    run_ranks,
-    separate_group,
-)
+from effx_dist.shard.group import Group, SoloGroup, TorchGroup, as_group, separate_group
 from effx_dist.shard.mpi_group import MpiGroup
 from effx_dist.shard.piece import (
     Held,
@@ -26,34 +18,3 @@ from effx_dist.shard.piece import (
 )
 from effx_dist.shard.store_group import Rendezvous, StoreGroup, meet
 from effx_dist.shard.worker import Worker
-
-__all__ = [
-    "Box",
-    "Group",
-    "Held",
-    "LocalRows",
-    "MpiGroup",
-    "Piece",
-    "PlacedBox",
-    "Rendezvous",
-    "ShardMap",
-    "SoloGroup",
-    "StoreGroup",
-    "ThreadGroup",
-    "TorchGroup",
-    "WholeTensor",
-    "Worker",
-    "as_group",
-    "boxes_to_flat_range",
-    "flat_range_to_boxes",
-    "flat_start",
-    "local_of",
-    "meet",
-    "pieces_of_boxes",
-    "pieces_of_flat_range",
-    "pieces_of_tensor",
-    "run_ranks",
-    "separate_group",
-    "start_sum",
-    "whole_box",
-]

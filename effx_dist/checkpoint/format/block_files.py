@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from types import TracebackType
 from typing import BinaryIO
 
 import xxhash
 
 from effx_dist.checkpoint.format.manifest import BlockRecord, FileRecord
 from effx_dist.checkpoint.storage.places import REMEDY, Location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     MOMENTS_REMOVED,
     is_moments_file,
     moments_file_name,
@@ -87,12 +86,7 @@ class RankFiles:
     def __enter__(self) -> RankFiles:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 for file in self._files.values():

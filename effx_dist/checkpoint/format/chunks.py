@@ -39,7 +39,7 @@ def block_ranges(numel: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True, eq=False)
-class JointParts:
+class JointPieces:
     """One local box of a weight, of its reference and of its moments: flat host tensors of one
     length."""
 
@@ -129,7 +129,7 @@ class ChunkEncoder:
         return in_order(encode, block_ranges(box.numel), threads)
 
     def joint(
-        self, parts: JointParts, quantiser: JointQuantiser, reconstruction: torch.Tensor
+        self, parts: JointPieces, quantiser: JointQuantiser, reconstruction: torch.Tensor
     ) -> tuple[ChunkRecord, ChunkRecord, ChunkRecord]:
         """Chunks of a weight, exp_avg and exp_avg_sq (empty if there is none).
 

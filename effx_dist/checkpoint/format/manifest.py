@@ -20,7 +20,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from effx_dist.checkpoint.storage.places import Location
-from effx_dist.checkpoint.storage.step_names import MANIFEST
+from effx_dist.checkpoint.storage.steps import MANIFEST
 from effx_dist.errors import CorruptCheckpointError
 from effx_dist.shard import Box
 

@@ -31,7 +31,7 @@ from effx_dist.checkpoint.format.manifest import (
     short,
 )
 from effx_dist.checkpoint.storage.places import Location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     MANIFEST,
     checked_rank_file_name,
     checked_sibling_name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from functools import cached_property
-from types import TracebackType
 
 import torch
 
@@ -24,8 +23,13 @@ from effx_dist.checkpoint.format.manifest import (
 )
 from effx_dist.checkpoint.format.manifest_checks import check_manifest
 from effx_dist.checkpoint.storage.places import REMEDY, Folder, Location, location
-from effx_dist.checkpoint.storage.step_names import MANIFEST, MANIFEST_SHA256, MERGED
-from effx_dist.checkpoint.storage.steps import newest_step, step_folder
+from effx_dist.checkpoint.storage.steps import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    MERGED,
+    newest_step,
+    step_folder,
+)
 from effx_dist.core.excp import JointQuantiser
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 from effx_dist.shard import Box
@@ -266,12 +270,7 @@ class ChainReader:
     def __enter__(self) -> ChainReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -6,24 +6,31 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
-from typing import Any
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+import torch.multiprocessing  # makes connections pass tensors through shared memory
 
 from effx_dist.checkpoint.saving.saver import Loaded, Packed, SaveJob, Saver, SaveResult
-from effx_dist.checkpoint.saving.saving_process import KEPT_SIGNALS, socket_pair
 from effx_dist.checkpoint.storage.ownership import Ownership
 from effx_dist.checkpoint.storage.places import Location
 from effx_dist.config import ExcpConfig
-from effx_dist.errors import RankFailedError
+from effx_dist.errors import EffxError, RankFailedError
 from effx_dist.shard import Group, Rendezvous, Worker
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ABANDON_S = 5.0
 """How long an abandoned save may take to end. A block is encoded in milliseconds; only a file system
@@ -55,42 +62,33 @@ class SaveExecutor(ABC):
         threads and processes. The other ranks are told. Returns within seconds."""
 
 
-class InlineExecutor(SaveExecutor):
-    """Saves inside :meth:`submit`."""
+class _Here:
+    """In the place of a Worker: runs a call where it is submitted."""
 
-    def __init__(self, saver: Saver) -> None:
-        self._saver = saver
-
-    def submit(self, job: SaveJob, session: int) -> Future[SaveResult]:
-        future: Future[SaveResult] = Future()
+    def submit(self, body: Callable[..., T], *args: Any) -> Future[T]:
+        future: Future[T] = Future()
         try:
-            future.set_result(self._saver.save(job, session))
+            future.set_result(body(*args))
         except Exception as error:
             future.set_exception(error)
         return future
 
-    def give_up(self, session: int, error: BaseException) -> None:
-        self._saver.give_up(session, error)
-
-    def restart(self, loaded: Loaded) -> None:
-        self._saver.restart(loaded)
-
     def close(self) -> None:
-        """Every save ended inside :meth:`submit`."""
-        self._saver.close()
+        """Every call has ended inside :meth:`submit`."""
 
-    def abandon(self) -> None:
-        """As :meth:`close`: nothing is in flight."""
-        self.close()
+    def join(self, timeout_s: float | None = None) -> None:
+        """As :meth:`close`."""
+
+    interrupt = close
 
 
-class ThreadExecutor(SaveExecutor):
-    """Saves in one background thread. Hashing, compression and file writes run outside the
-    interpreter lock."""
+class LocalExecutor(SaveExecutor):
+    """Saves in this process: inside :meth:`submit`, or in one background thread, where hashing,
+    compression and file writes run outside the interpreter lock."""
 
-    def __init__(self, saver: Saver) -> None:
+    def __init__(self, saver: Saver, in_thread: bool) -> None:
         self._saver = saver
-        self._worker = Worker("effx-save")
+        self._worker = Worker("effx-save") if in_thread else _Here()
 
     def submit(self, job: SaveJob, session: int) -> Future[SaveResult]:
         return self._worker.submit(self._saver.save, job, session)
@@ -102,15 +100,16 @@ class ThreadExecutor(SaveExecutor):
         self._worker.submit(self._saver.restart, loaded).result()
 
     def close(self) -> None:
-        self._worker.submit(self._saver.close)
-        self._worker.close()
-        self._worker.join()
+        self._end(None)
 
     def abandon(self) -> None:
         self._worker.interrupt()
+        self._end(ABANDON_S)
+
+    def _end(self, timeout_s: float | None) -> None:
         self._worker.submit(self._saver.close)
         self._worker.close()
-        self._worker.join(ABANDON_S)
+        self._worker.join(timeout_s)
 
 
 class _ProcessEnded(Exception):
@@ -168,7 +167,7 @@ class ProcessExecutor(SaveExecutor):
         ours, theirs = socket_pair()
         # a fresh interpreter, not multiprocessing's spawn, which would run an unguarded training script again
         call = f"main({theirs.fileno()}, parent={os.getpid()})"
-        program = f"from effx_dist.checkpoint.saving.saving_process import main; {call}"
+        program = f"from effx_dist.checkpoint.saving.executor import main; {call}"
         # blocked signals are inherited: the child is never without this protection
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
         try:
@@ -251,4 +250,75 @@ def make_executor(
     if config.async_mode == "process":
         return ProcessExecutor(folder, config, rendezvous)
     saver = Saver(Ownership(folder), config, group if group is not None else rendezvous.join())
-    return ThreadExecutor(saver) if config.async_mode == "thread" else InlineExecutor(saver)
+    return LocalExecutor(saver, in_thread=config.async_mode == "thread")
+
+
+KEPT_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+"""What a terminal or a scheduler sends to all processes of a job. The child is started with them
+blocked: the parent decides what becomes of a save."""
+
+NICENESS = 12
+"""How far the child steps back: a core that training uses as well is given to it for about a fifteenth of the
+time. A thread of the trainer could not step back so: it would hold the interpreter lock meanwhile."""
+
+
+def socket_pair() -> tuple[Connection, Connection]:
+    """Two ends of a pipe that can also pass file descriptors."""
+    ours, theirs = socket.socketpair()
+    return Connection(ours.detach()), Connection(theirs.detach())
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests until the parent's end of the pipe is gone."""
+    multiprocessing.current_process().authkey = connection.recv_bytes()
+    ownership, config, rendezvous = connection.recv()
+    saver = Saver(ownership, config, rendezvous.join())
+    actions: dict[str, Callable[..., Any]] = {"save": saver.save, "restart": saver.restart}
+    while True:
+        try:
+            request, packed, arguments = connection.recv()
+        except (EOFError, ConnectionError):
+            break
+        answer: tuple[Any, Exception | None, str]
+        try:
+            answer = (actions[request](packed.unpack(), *arguments), None, "")
+        except Exception as error:
+            answer = (None, _portable(error), "".join(traceback.format_exception(error)))
+        connection.send(answer)
+        del (
+            request,
+            packed,
+            arguments,
+            answer,
+        )  # the parent's tensors and files go when a save is done
+    saver.close()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as the parent can unpickle it."""
+    return (
+        error if isinstance(error, EffxError) else RuntimeError(f"{type(error).__name__}: {error}")
+    )
+
+
+def end_with(parent: int) -> None:
+    """End this process, whatever it is doing, soon after the process ``parent`` is gone.
+
+    A trainer that was killed must not be survived by a save that commits while the next run starts.
+    """
+
+    def watch() -> None:
+        never = threading.Event()
+        while os.getppid() == parent:
+            never.wait(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="effx-parent").start()
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Run the child on the inherited end of a pipe, with KEPT_SIGNALS blocked by its parent."""
+    end_with(parent)
+    torch.set_num_threads(1)  # the trainer keeps its cores
+    os.nice(NICENESS)  # and, where all are busy, most of their time
+    serve(Connection(descriptor))

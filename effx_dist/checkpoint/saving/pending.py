@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from effx_dist.checkpoint.saving.saver import SaveResult
+from effx_dist.forwarded import Forwarded
 
 
 class PendingSave:
@@ -64,36 +65,24 @@ class PendingSave:
             raise ValueError(f"the save of step {self.step} was skipped; it has no result")
         return self.wait()._future.result()  # type: ignore[union-attr]
 
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of all saved tensors, uncompressed, all ranks together. Waits for the save."""
-        return self.result.figures.raw_bytes
+    raw_bytes = Forwarded[int]("result.figures.raw_bytes")
+    """Bytes of all saved tensors, uncompressed, all ranks together. Waits for the save."""
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all files written, manifest included. Waits for the save."""
-        return self.result.figures.stored_bytes
+    stored_bytes = Forwarded[int]("result.figures.stored_bytes")
+    """Bytes of all files written, manifest included. Waits for the save."""
 
-    @property
-    def ratio(self) -> float:
-        """raw_bytes / stored_bytes. Waits for the save."""
-        return self.result.figures.ratio
+    ratio = Forwarded[float]("result.figures.ratio")
+    """raw_bytes / stored_bytes. Waits for the save."""
 
-    @property
-    def run_ratio(self) -> float:
-        """The same over all saves of the run so far, bases included. Waits for the save."""
-        return self.result.figures.run_ratio
+    run_ratio = Forwarded[float]("result.figures.run_ratio")
+    """The same over all saves of the run so far, bases included. Waits for the save."""
 
-    @property
-    def error(self) -> float:
-        """Largest relative root-mean-square weight error over the tensors; 0 if exact. Waits for
-        the save."""
-        return self.result.figures.error
+    error = Forwarded[float]("result.figures.error")
+    """Largest relative root-mean-square weight error over the tensors; 0 if exact. Waits for
+    the save."""
 
-    @property
-    def write_s(self) -> float:
-        """Seconds from the start of encoding to the commit, on this rank. Waits for the save."""
-        return self.result.write_s
+    write_s = Forwarded[float]("result.write_s")
+    """Seconds from the start of encoding to the commit, on this rank. Waits for the save."""
 
     def metrics(self) -> dict[str, float]:
         """Sizes, times and error by their names in logs. Waits for the save."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effx_dist.checkpoint.format.chunks import JointParts, block_ranges, in_order
+from effx_dist.checkpoint.format.chunks import JointPieces, block_ranges, in_order
 from effx_dist.checkpoint.state.joints import Joint
 from effx_dist.core.excp import (
     RANGES_LEN,
@@ -29,8 +29,7 @@ from effx_dist.shard import Group
 from effx_dist.shard.group import ReduceOp
 
 Array = npt.NDArray[Any]
-_Place = tuple[int, JointParts, slice]
-LocalParts = Mapping[str, Sequence[JointParts]]
+LocalPieces = Mapping[str, Sequence[JointPieces]]
 """This rank's parts of each joint, by the weight's name; no entry where it holds nothing of it."""
 
 
@@ -52,7 +51,7 @@ class Measured:
 
 
 def measure(
-    specs: Sequence[JointSpec], local: LocalParts, profile: Profile, group: Group, threads: int = 1
+    specs: Sequence[JointSpec], local: LocalPieces, profile: Profile, group: Group, threads: int = 1
 ) -> dict[str, Measured]:
     """The quantiser of each weight, the same on every rank; none for one that cannot be quantised
     (not finite, say).
@@ -65,17 +64,23 @@ def measure(
     if not specs:
         return {}
     rounds = _Rounds(specs, local, group, threads)
-    by_max = rounds.run(RANGES_LEN, "max", np.float64, lambda _, block: ranges(block))
+    by_max = rounds.run(RANGES_LEN, "max", np.float64, lambda _, block: ranges(block.arrays()))
     by_sum = rounds.run(
-        SUMS_LEN, "sum", np.int64, lambda i, block: sums(block, by_max[i], specs[i].global_numel)
+        SUMS_LEN,
+        "sum",
+        np.int64,
+        lambda i, block: sums(block.arrays(), by_max[i], specs[i].global_numel),
     )
     by_cell = rounds.run(
         cells_len(profile),
         "sum",
         np.int64,
-        lambda i, block: cells(block, by_max[i], by_sum[i], specs[i].global_numel, profile),
+        lambda i, block: cells(
+            block.arrays(), by_max[i], by_sum[i], specs[i].global_numel, profile
+        ),
     )
-    squares = rounds.weight_squares()
+    # reported, and compared with max_error; in no reconstruction
+    squares = rounds.run(1, "sum", np.float64, lambda _, block: block.weight_squares())[:, 0]
     found = {}
     for i, spec in enumerate(specs):
         has_v = spec.joint.exp_avg_sq is not None
@@ -88,11 +93,28 @@ def measure(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One block of the local pieces of a joint."""
+
+    pieces: JointPieces
+    cut: slice
+
+    def arrays(self) -> JointArrays:
+        """Its residual and moments."""
+        return self.pieces.arrays(self.cut)
+
+    def weight_squares(self) -> Array:
+        """Sum of squares of the weight, float64 [1]."""
+        values = self.pieces.weight[self.cut].float().numpy()
+        return np.array([np.einsum("i,i->", values, values, dtype=np.float64)])
+
+
 class _Rounds:
     """Statistics of all joints, a row each, merged over the group."""
 
     def __init__(
-        self, specs: Sequence[JointSpec], local: LocalParts, group: Group, threads: int
+        self, specs: Sequence[JointSpec], local: LocalPieces, group: Group, threads: int
     ) -> None:
         self._specs = specs
         self._local = local
@@ -100,48 +122,30 @@ class _Rounds:
         self._threads = threads
 
     def run(
-        self, length: int, op: ReduceOp, dtype: type, statistic: Callable[[int, JointArrays], Array]
+        self, length: int, op: ReduceOp, dtype: type, statistic: Callable[[int, _Block], Array]
     ) -> Array:
-        """Rows of ``statistic(joint index, block)``, merged over blocks and ranks by ``op``."""
+        """Rows of ``statistic(joint index, block)``, merged over blocks and ranks by ``op``.
+
+        One rank's failure ends the round on all of them, instead of leaving the others in the
+        all-reduce.
+        """
         rows: Array = np.zeros((len(self._specs), length), dtype=dtype)
         merge = np.maximum if op == "max" else np.add
 
-        def fill() -> None:
-            def look(place: _Place) -> tuple[int, Array]:
-                index, parts, cut = place
-                return index, statistic(index, parts.arrays(cut))
+        def look(place: tuple[int, _Block]) -> tuple[int, Array]:
+            return place[0], statistic(*place)
 
-            for index, found in in_order(look, self._places(), self._threads):
+        def fill() -> None:
+            for index, found in in_order(look, self._blocks(), self._threads):
                 merge(rows[index], found, out=rows[index])
 
-        return self._reduce(rows, fill, op)
-
-    def weight_squares(self) -> Array:
-        """Sum of squares of each whole weight, float64. Reported, and compared with max_error; in
-        no reconstruction."""
-        rows: Array = np.zeros(len(self._specs))
-
-        def fill() -> None:
-            def look(place: _Place) -> tuple[int, float]:
-                index, parts, cut = place
-                values = parts.weight[cut].float().numpy()
-                return index, float(np.einsum("i,i->", values, values, dtype=np.float64))
-
-            for index, squares in in_order(look, self._places(), self._threads):
-                rows[index] += squares
-
-        return self._reduce(rows, fill, "sum")
-
-    def _places(self) -> Iterator[_Place]:
-        """Every local block of every joint."""
-        for index, spec in enumerate(self._specs):
-            for parts in self._local.get(spec.joint.weight, ()):
-                for cut in block_ranges(parts.box.numel):
-                    yield index, parts, cut
-
-    def _reduce(self, rows: Array, fill: Callable[[], None], op: ReduceOp) -> Array:
-        """One rank's failure ends the round on all of them, instead of leaving the others in the
-        all-reduce."""
         self._group.everywhere(fill, keep_own_error=False)
         merged: Array = self._group.all_reduce(torch.from_numpy(rows), op).numpy()
         return merged
+
+    def _blocks(self) -> Iterator[tuple[int, _Block]]:
+        """Every local block, by the index of its joint."""
+        for index, spec in enumerate(self._specs):
+            for parts in self._local.get(spec.joint.weight, ()):
+                for cut in block_ranges(parts.box.numel):
+                    yield index, _Block(parts, cut)

@@ -11,23 +11,21 @@ from functools import lru_cache
 from effx_dist.checkpoint.format.manifest import FileRecord, ParentRecord, stated_checksum
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.places import WRITING, Folder, Location, location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     MANIFEST,
     MERGED,
     MOMENTS_REMOVED,
     PINNED,
     REMOVING,
     SUPERSEDED,
-    is_moments_file,
-    step_of,
-)
-from effx_dist.checkpoint.storage.steps import (
     committed_folders,
     holds_foreign_files,
+    is_moments_file,
     remove_staged,
     remove_step,
     remove_uncommitted,
     step_folder,
+    step_of,
     uncommitted_folders,
 )
 from effx_dist.checkpoint.storage.tags import tags_of

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from effx_dist.checkpoint.format.block_files import BlockReader, RankFiles
-from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointParts
+from effx_dist.checkpoint.format.chunks import ChunkEncoder, JointPieces
 from effx_dist.checkpoint.format.manifest import (
     ChunkRecord,
     Delta,
@@ -43,8 +43,13 @@ from effx_dist.checkpoint.state.fragment import checked_dtype
 from effx_dist.checkpoint.state.joints import TensorFacts, is_chained, is_moment
 from effx_dist.checkpoint.state.tree import parse_value
 from effx_dist.checkpoint.storage.places import Location, location
-from effx_dist.checkpoint.storage.step_names import LATEST, MANIFEST, MANIFEST_SHA256, step_of
-from effx_dist.checkpoint.storage.steps import claim_step_folder
+from effx_dist.checkpoint.storage.steps import (
+    LATEST,
+    MANIFEST,
+    MANIFEST_SHA256,
+    claim_step_folder,
+    step_of,
+)
 from effx_dist.checkpoint.storage.tags import point_to
 from effx_dist.config import ExcpConfig
 from effx_dist.core.excp import PROFILES
@@ -145,12 +150,12 @@ class ExcpWriter(SafeStaging, StorageWriter):
             lambda: self._resolve(plan.items, planner, decision), keep_own_error=False
         )
         self.chain.conclude(decision.parent_id if decision.is_link else self.chain.id)
-        joint_parts = self._joint_parts(decision, parts)
-        self._measured = self._measure(decision, joint_parts)
+        joint_pieces = self._joint_pieces(decision, parts)
+        self._measured = self._measure(decision, joint_pieces)
         reconstruction: dict[Key, torch.Tensor] = {}
         with RankFiles(self._staging(decision), decision.rank) as files:
             encoder = ChunkEncoder(files, self.config.encoder_threads)
-            for key, chunk in self._encode(encoder, decision, parts, joint_parts, reconstruction):
+            for key, chunk in self._encode(encoder, decision, parts, joint_pieces, reconstruction):
                 results.append(_result(key, decision.rank, chunk))
         self._check_written(decision, results, files.records())
         results.append(_result(("", ()), decision.rank, files.records()))
@@ -271,8 +276,8 @@ class ExcpWriter(SafeStaging, StorageWriter):
                 parts[item.index.fqn, box.offsets] = (box, _plain(data))
         return parts, results
 
-    def _joint_parts(self, decision: Decision, parts: Parts) -> dict[str, list[JointParts]]:
-        found: dict[str, list[JointParts]] = {}
+    def _joint_pieces(self, decision: Decision, parts: Parts) -> dict[str, list[JointPieces]]:
+        found: dict[str, list[JointPieces]] = {}
         joints = {spec.joint.weight: spec.joint for spec in decision.specs}
         for (name, offsets), (box, weight) in parts.items():
             if (joint := joints.get(name)) is None:
@@ -282,7 +287,7 @@ class ExcpWriter(SafeStaging, StorageWriter):
             second = parts[joint.exp_avg_sq, offsets][1].view(-1) if joint.exp_avg_sq else None
             first = parts[joint.exp_avg, offsets][1].view(-1)
             found.setdefault(name, []).append(
-                JointParts(box, weight.view(-1), reference.view(-1), first, second)
+                JointPieces(box, weight.view(-1), reference.view(-1), first, second)
             )
         return found
 
@@ -291,13 +296,13 @@ class ExcpWriter(SafeStaging, StorageWriter):
         return self.config.profile != LOSSLESS and bool(decision.specs)
 
     def _measure(
-        self, decision: Decision, joint_parts: dict[str, list[JointParts]]
+        self, decision: Decision, joint_pieces: dict[str, list[JointPieces]]
     ) -> dict[str, Measured]:
         if not self._merges(decision):
             return {}
         profile = PROFILES[self.config.profile]
         group, threads = as_group(self._group), self.config.encoder_threads
-        found = measure(decision.specs, joint_parts, profile, group, threads)
+        found = measure(decision.specs, joint_pieces, profile, group, threads)
         bound = self.config.max_error
         return {name: m for name, m in found.items() if bound is None or m.error <= bound}
 
@@ -306,7 +311,7 @@ class ExcpWriter(SafeStaging, StorageWriter):
         encoder: ChunkEncoder,
         decision: Decision,
         parts: Parts,
-        joint_parts: dict[str, list[JointParts]],
+        joint_pieces: dict[str, list[JointPieces]],
         reconstruction: dict[Key, torch.Tensor],
     ) -> list[tuple[Key, ChunkRecord]]:
         """Encode everything; fill ``reconstruction`` with what a reader will get of the chained
@@ -318,7 +323,7 @@ class ExcpWriter(SafeStaging, StorageWriter):
             if weight not in self._measured:
                 continue
             done.update(spec.joint.names)
-            for joint in joint_parts.get(weight, ()):
+            for joint in joint_pieces.get(weight, ()):
                 offsets = joint.box.offsets
                 kept = reconstruction[weight, offsets] = self._own(parts[weight, offsets][1])
                 chunks = encoder.joint(joint, self._measured[weight].quantiser, kept.view(-1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -22,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName
 from effx_dist.checkpoint.state.matching import listed
 from effx_dist.checkpoint.state.names import tied_names, torch_name
-from effx_dist.checkpoint.state.optimizer_groups import group_options, take_group_options
-from effx_dist.errors import ConfigError
+from effx_dist.errors import ConfigError, LayoutMismatchError
 
 
 def live_state(
@@ -160,3 +160,57 @@ def _gradients_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+_NO_OPTIONS = frozenset({"params", "param_names"})
+
+
+def group_options(param_groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What an optimizer's groups hold besides their parameters."""
+    return [
+        {key: value for key, value in group.items() if key not in _NO_OPTIONS}
+        for group in param_groups
+    ]
+
+
+def take_group_options(param_groups: list[dict[str, Any]], options: list[dict[str, Any]]) -> None:
+    """The way back. Raises LayoutMismatchError for another number of parameter groups."""
+    if len(options) != len(param_groups):
+        raise LayoutMismatchError(
+            f"the checkpoint has {len(options)} parameter groups, the optimizer has "
+            f"{len(param_groups)}; build it with the same groups"
+        )
+    for group, saved in zip(param_groups, options, strict=True):
+        for key, value in saved.items():
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].copy_(torch.as_tensor(value))
+            else:
+                group[key] = value
+
+
+def make_empty_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer make the state of the parameters in its groups, by a step that changes none of
+    them; then all of it is zero. Collective where its step is."""
+    groups = optimizer.param_groups
+    params = [param for group in groups for param in group["params"]]
+    rates = [group["lr"] for group in groups]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # engines step views, which are no leaves
+        grads = [param.grad for param in params]
+    try:
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        for group in groups:
+            group["lr"] = group["lr"] * 0
+        optimizer.step()
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+    for state in (optimizer.state.get(param, {}) for param in params):
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                state[key] = type(value)(0)

@@ -19,17 +19,6 @@ from effx_dist.checkpoint.storage.location import REMEDY, WRITING, Location, New
 from effx_dist.checkpoint.storage.remote_folder import RemoteFolder
 from effx_dist.errors import ConfigError
 
-__all__ = [
-    "REMEDY",
-    "WRITING",
-    "Folder",
-    "LocalFolder",
-    "Location",
-    "NewFile",
-    "RemoteFolder",
-    "location",
-]
-
 Folder = str | os.PathLike[str]
 """How callers name a folder: a local path, an fsspec URL, or a :class:`Location`."""
 

@@ -12,8 +12,16 @@ import logging
 import re
 
 from effx_dist.checkpoint.storage.places import WRITING, Folder, Location, location
-from effx_dist.checkpoint.storage.step_names import LATEST, REMOVING, SUPERSEDED, TAG, step_of
-from effx_dist.checkpoint.storage.steps import committed_folders, step_folder, tagged_step
+from effx_dist.checkpoint.storage.steps import (
+    LATEST,
+    REMOVING,
+    SUPERSEDED,
+    TAG,
+    committed_folders,
+    step_folder,
+    step_of,
+    tagged_step,
+)
 from effx_dist.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 
 logger = logging.getLogger(__name__)

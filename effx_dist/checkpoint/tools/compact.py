@@ -31,8 +31,7 @@ from effx_dist.checkpoint.format.whole_tensors import OnProgress, check_declared
 from effx_dist.checkpoint.saving.decision import LOSSLESS
 from effx_dist.checkpoint.saving.manifest_building import new_manifest, with_sizes
 from effx_dist.checkpoint.storage.places import Folder, Location, location
-from effx_dist.checkpoint.storage.step_names import MERGED
-from effx_dist.checkpoint.storage.steps import newest_step, remove_uncommitted, step_folder
+from effx_dist.checkpoint.storage.steps import MERGED, newest_step, remove_uncommitted, step_folder
 from effx_dist.errors import CorruptCheckpointError
 
 Digests = dict[tuple[str, int], int]

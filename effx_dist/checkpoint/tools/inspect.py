@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.storage.places import Folder, Location, location
-from effx_dist.checkpoint.storage.step_names import MANIFEST, MERGED, MOMENTS_REMOVED, PINNED
-from effx_dist.checkpoint.storage.steps import committed_folders, unfinished_steps
+from effx_dist.checkpoint.storage.steps import (
+    MANIFEST,
+    MERGED,
+    MOMENTS_REMOVED,
+    PINNED,
+    committed_folders,
+    unfinished_steps,
+)
 from effx_dist.checkpoint.storage.tags import tags_of
 from effx_dist.errors import CheckpointNotFoundError
 
@@ -76,27 +83,20 @@ def _with_bases(steps: list[StepSummary]) -> list[StepSummary]:
 
 def _summary(place: Location, tags: tuple[str, ...]) -> StepSummary:
     manifest, _ = read_manifest(place)
-    figures = manifest.figures
+    own = ("step", "kind", "profile", "world_size", "saved_at", "writer")
+    sizes = ("raw_bytes", "stored_bytes", "ratio", "run_ratio", "error")
+    facts: dict[str, Any] = {name: getattr(manifest, name) for name in own}
+    facts |= {name: getattr(manifest.figures, name) for name in sizes}
     return StepSummary(
-        step=manifest.step,
         name=place.name,
         tags=tags,
-        kind=manifest.kind,
         parent=None if manifest.parent is None else manifest.parent.name,
-        profile=manifest.profile,
-        world_size=manifest.world_size,
-        raw_bytes=figures.raw_bytes,
-        stored_bytes=figures.stored_bytes,
-        ratio=figures.ratio,
-        run_ratio=figures.run_ratio,
-        error=figures.error,
-        saved_at=manifest.saved_at,
-        writer=manifest.writer,
         num_tensors=len(manifest.tensors),
         committed=True,
         pinned=place.has_file(PINNED),
         moments_removed=place.has_file(MOMENTS_REMOVED),
         merged=(place / MERGED).has_file(MANIFEST),
+        **facts,
     )
 
 

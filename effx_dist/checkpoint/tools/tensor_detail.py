@@ -21,7 +21,7 @@ from effx_dist.checkpoint.format.manifest import (
 )
 from effx_dist.checkpoint.format.reader import ChainReader, open_checkpoint
 from effx_dist.checkpoint.format.whole_tensors import read_pieces
-from effx_dist.checkpoint.storage.step_names import MANIFEST
+from effx_dist.checkpoint.storage.steps import MANIFEST
 from effx_dist.core.excp import JointQuantiser
 from effx_dist.errors import CheckpointNotFoundError, CorruptCheckpointError
 

@@ -13,13 +13,15 @@ from effx_dist.checkpoint.format.reader import ChainReader, StepReader, read_man
 from effx_dist.checkpoint.format.whole_tensors import OnProgress, read_pieces
 from effx_dist.checkpoint.state.training_state import run_values
 from effx_dist.checkpoint.storage.places import Folder, Location
-from effx_dist.checkpoint.storage.step_names import (
+from effx_dist.checkpoint.storage.steps import (
     MANIFEST,
     MERGED,
     MOMENTS_REMOVED,
+    committed_steps,
     is_moments_file,
+    require_committed,
+    step_folder,
 )
-from effx_dist.checkpoint.storage.steps import committed_steps, require_committed, step_folder
 from effx_dist.checkpoint.tools.inspect import existing_folder
 from effx_dist.errors import CheckpointNotFoundError, EffxError
 from effx_dist.shard import Group, SoloGroup

@@ -15,24 +15,3 @@ from effx_dist.core.excp.lossless import (
 )
 from effx_dist.core.excp.profiles import PROFILES, CentroidRule, DeadZoneRule, Profile
 from effx_dist.core.excp.statistics import RANGES_LEN, SUMS_LEN, ranges, sums
-
-__all__ = [
-    "PROFILES",
-    "RANGES_LEN",
-    "SUMS_LEN",
-    "CentroidRule",
-    "DeadZoneRule",
-    "JointArrays",
-    "JointQuantiser",
-    "JointSymbols",
-    "Profile",
-    "build_quantiser",
-    "cells",
-    "cells_len",
-    "delta_bits",
-    "folded_delta",
-    "ranges",
-    "sums",
-    "undo_delta_bits",
-    "undo_folded_delta_",
-]

@@ -181,19 +181,6 @@ class JointQuantiser:
             raise ValueError("m: no symbols given, this quantiser has an m")
         return JointArrays(r, *self.moments.decode(s.m, s.v))
 
-    def sub_range(self, s: JointSymbols, start: int, stop: int) -> JointSymbols:
-        """The symbols of values start to stop of a piece, with their escapes: what decode takes."""
-        first = num = 0
-        if self.escape_symbol is not None and s.escapes.size:
-            first = int(np.count_nonzero(s.w[:start] == self.escape_symbol))
-            num = int(np.count_nonzero(s.w[start:stop] == self.escape_symbol))
-        return JointSymbols(
-            s.w[start:stop],
-            s.escapes[first : first + num],
-            None if s.m is None else s.m[start:stop],
-            None if s.v is None else s.v[start:stop],
-        )
-
     def to_json(self) -> dict[str, Any]:
         """JSON fields; float32 tables as base64 of little-endian bytes."""
         fields: dict[str, Any] = {"profile": self.profile, "weight": self.weight.to_json()}

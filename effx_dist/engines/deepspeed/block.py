@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from deepspeed.moe.utils import has_moe_layers
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 
-from effx_dist.config import BLOCK, CautiousConfig, EffxConfig, ExcpConfig, InfoBatchConfig
+from effx_dist.config import BLOCK, EffxConfig
 from effx_dist.errors import ConfigError
 
 CONFIG_ARGUMENTS = ("deepscale_config", "deepspeed_config")
 """Attributes of ``args`` that may name the configuration; the first is the older name."""
-
-_Section = TypeVar("_Section", InfoBatchConfig, CautiousConfig, ExcpConfig)
 
 
 @dataclass(frozen=True)
@@ -38,30 +36,16 @@ class Block:
     config: Mapping[str, Any]
 
     @property
-    def infobatch(self) -> InfoBatchConfig | None:
-        """Its section; None if it is off."""
-        return _if_on(self.effx.infobatch)
-
-    @property
-    def cautious(self) -> CautiousConfig | None:
-        """Its section; None if it is off."""
-        return _if_on(self.effx.cautious)
-
-    @property
-    def excp(self) -> ExcpConfig | None:
-        """Its section; None if it is off."""
-        return _if_on(self.effx.excp)
+    def on(self) -> EffxConfig:
+        """The block's sections that are on."""
+        return self.effx.on
 
     def config_for_deepspeed(self) -> dict[str, Any]:
         """A copy in which DeepSpeed is told to take an optimizer that is none of its own."""
-        if self.cautious is None:
+        if self.on.cautious is None:
             return dict(self.config)
         allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         return {**self.config, **allowed}
-
-
-def _if_on(section: _Section | None) -> _Section | None:
-    return section if section is not None and section.enabled else None
 
 
 def read_block(args: Any, config: Any, config_params: Any) -> Block | None:
@@ -91,8 +75,7 @@ def read_block(args: Any, config: Any, config_params: Any) -> Block | None:
             raise ConfigError(f"{given[0]}: {error}") from None
         raise
     block = Block(effx, values)
-    is_on = block.infobatch or block.cautious or block.excp
-    return block if is_on else None
+    return block if block.on != EffxConfig() else None
 
 
 @dataclass(frozen=True)
@@ -193,12 +176,12 @@ def check_engine(block: Block, model: nn.Module, mpu: Any) -> None:
         problems.append(
             "model=PipelineModule: DeepSpeed's pipeline engine has no adapter; use ZeRO"
         )
-    if block.cautious or block.excp:
+    if block.on.cautious or block.on.excp:
         problems += [refusal.problem(block.config) for refusal in _WITHOUT_PARTITIONS]
         problems += _mixed_groups(model, mpu)
-    if block.cautious:
+    if block.on.cautious:
         problems += [refusal.problem(block.config) for refusal in _NO_CAUTIOUS_STEP]
-    if block.infobatch:
+    if block.on.infobatch:
         problems.append(_OTHER_SAMPLES.problem(block.config))
     found = [problem for problem in problems if problem]
     if found:

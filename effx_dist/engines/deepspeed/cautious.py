@@ -51,7 +51,7 @@ def prepare(
         ConfigError: there is no optimizer, its type or a setting has no cautious form, or a setting is
             none of its type's.
     """
-    settings = block.cautious
+    settings = block.on.cautious
     if isinstance(optimizer, Optimizer):
         return _settled(optimizer, settings)
     if optimizer is not None:

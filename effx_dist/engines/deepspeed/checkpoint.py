@@ -20,12 +20,16 @@ from effx_dist.checkpoint.saving.in_flight import settle, settle_saves_in
 from effx_dist.checkpoint.state.training_state import Stateful
 from effx_dist.checkpoint.state.tree import tree_to_json
 from effx_dist.checkpoint.storage.places import Location, folder_key, location
-from effx_dist.checkpoint.storage.step_names import LATEST, TAG, StepPrefix, step_name, step_of
 from effx_dist.checkpoint.storage.steps import (
+    LATEST,
+    TAG,
+    StepPrefix,
     committed_steps,
     holds_foreign_files,
     refuse_foreign_files,
     step_folder,
+    step_name,
+    step_of,
 )
 from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag, is_tag_name, point_to
 from effx_dist.checkpoint.tools.convert.universal import ENGINE

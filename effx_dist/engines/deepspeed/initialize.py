@@ -52,23 +52,9 @@ def initialize(
         ConfigError: the block is refused, or something in the rest of the configuration, the model or the
             optimizer cannot work beside it; on every rank, before anything is built.
     """
+    given = dict(locals())  # the arguments, as deepspeed.initialize takes them
     block = read_block(args, config, config_params)
     await_builds(_is_deepspeeds)
-    given: dict[str, Any] = {
-        "args": args,
-        "model": model,
-        "optimizer": optimizer,
-        "model_parameters": model_parameters,
-        "training_data": training_data,
-        "lr_scheduler": lr_scheduler,
-        "distributed_port": distributed_port,
-        "mpu": mpu,
-        "dist_init_required": dist_init_required,
-        "collate_fn": collate_fn,
-        "config": config,
-        "mesh_param": mesh_param,
-        "config_params": config_params,
-    }
     if block is None or model is None:  # DeepSpeed will ask for the model
         engine, *others = deepspeed.initialize(**given)
         return engine, *others
@@ -80,7 +66,7 @@ def _with_block(block: Block, given: dict[str, Any]) -> tuple[Any, Any, Any, Any
     training_data = given["training_data"]
     changed = {
         "optimizer": cautious.prepare(given["optimizer"], block),
-        "training_data": None if block.infobatch else training_data,
+        "training_data": None if block.on.infobatch else training_data,
         "config": block.config_for_deepspeed(),
         "config_params": None,
     }
@@ -88,7 +74,7 @@ def _with_block(block: Block, given: dict[str, Any]) -> tuple[Any, Any, Any, Any
         engine, _, loader, scheduler = deepspeed.initialize(**given | changed)
     cautious.attach(engine)
     engine.effx = Handle(engine, block.effx)
-    if block.infobatch and training_data is not None:
+    if block.on.infobatch and training_data is not None:
         loader = engine.training_dataloader = engine.effx.deepspeed_io(training_data)
     return engine, engine.optimizer, loader, scheduler
 

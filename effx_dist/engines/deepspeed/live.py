@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from effx_dist.checkpoint import Fragment
 from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName
 from effx_dist.checkpoint.state.names import plain_name, tied_names
-from effx_dist.checkpoint.state.optimizer_groups import (
+from effx_dist.checkpoint.state.torch_state import (
     group_options,
     make_empty_state,
     take_group_options,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from effx_dist.engines.megatron.checks import strategies
 from effx_dist.engines.megatron.data import sample_losses
 from effx_dist.engines.megatron.handle import Handle, attach
 from effx_dist.engines.megatron.pretrain import PretrainHooks, pretrain_hooks
 from effx_dist.engines.megatron.pretraining_sampler import InfoBatchPretrainingSampler
-from effx_dist.engines.megatron.versions import strategies
 
 if TYPE_CHECKING:
     from effx_dist.engines.megatron.strategies import ExcpLoadStrategy, ExcpSaveStrategy

@@ -56,6 +56,7 @@ class JobCheckpoints(RunCheckpoints):
         extra: Mapping[str, Any] | None = None,
         stateful: Mapping[str, Stateful] | None = None,
         tag: str | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> PendingSave:
         """Save everything of the run to ``save_dir/step-N``; returns after the copy of the state. Call on
         every rank.
@@ -70,23 +71,8 @@ class JobCheckpoints(RunCheckpoints):
             extra: JSON-like values and tensors by name, the same on every rank.
             stateful: other objects with ``state_dict`` and ``load_state_dict``, by name.
             tag: a name to load it by; see :meth:`Checkpointer.async_save`.
+            described: JSON values that describe the job, beside those of the adapter.
         """
-        return self.save_described(
-            save_dir, iteration, {}, opt_param_scheduler, extra=extra, stateful=stateful, tag=tag
-        )
-
-    def save_described(
-        self,
-        save_dir: str | os.PathLike[str],
-        iteration: int,
-        description: Mapping[str, Any],
-        opt_param_scheduler: Stateful | None = None,
-        *,
-        extra: Mapping[str, Any] | None = None,
-        stateful: Mapping[str, Stateful] | None = None,
-        tag: str | None = None,
-    ) -> PendingSave:
-        """:meth:`save_checkpoint`, with JSON values of the adapter's own that describe the job."""
         if MEGATRON in (extra or {}):
             raise ConfigError(
                 f"extra[{MEGATRON!r}]: the model is described there; take another name"
@@ -94,7 +80,7 @@ class JobCheckpoints(RunCheckpoints):
         told = {
             "version": megatron.core.__version__,
             "transformer": description_of(self.layout.model_chunks, self._vocabulary),
-            **description,
+            **(described or {}),
         }
         self.last_save = self.checkpointer(save_dir).async_save(
             iteration,

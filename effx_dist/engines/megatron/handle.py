@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from effx_dist.config import EffxConfig
 from effx_dist.engines.megatron.cautious import cautious_form, make_cautious
 from effx_dist.engines.megatron.checkpoint import JobCheckpoints
-from effx_dist.engines.megatron.checks import check
+from effx_dist.engines.megatron.checks import check, has_strategies, strategies
 from effx_dist.engines.megatron.data import DataFeed
 from effx_dist.engines.megatron.job_layout import JobLayout, survey
 from effx_dist.engines.megatron.local_tensors import inner_optimizers, unwrapped
-from effx_dist.engines.megatron.versions import has_strategies, strategies
 from effx_dist.shard import as_group
 
 if TYPE_CHECKING:
@@ -70,8 +69,7 @@ class Handle(DataFeed, JobCheckpoints):
         DataFeed.__init__(self, config.infobatch, configs)
         JobCheckpoints.__init__(self, layout, config.excp, lambda: self.sampler, vocab_size)
         self.config = config
-        settings = config.cautious
-        if settings is not None and settings.enabled:
+        if config.on.cautious is not None:
             layout.group.everywhere(self._check_forms)
             layout.group.everywhere(self._make_cautious)
 

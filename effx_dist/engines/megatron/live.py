@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from effx_dist.checkpoint import Fragment
 from effx_dist.checkpoint.state.joints import TensorFacts
 from effx_dist.checkpoint.state.live import LiveState, OptimizerState, StateByName
-from effx_dist.checkpoint.state.optimizer_groups import (
+from effx_dist.checkpoint.state.torch_state import (
     group_options,
     make_empty_state,
     take_group_options,

@@ -148,8 +148,7 @@ class PretrainHooks:
     ) -> Any:
         optimizer = self._own["get_megatron_optimizer"](config, model_chunks, *args, **kwargs)
         self.handle = attach(optimizer, model_chunks, self._cfg, vocab_size=self._vocab_size)
-        infobatch = self._cfg.infobatch
-        if infobatch is not None and infobatch.enabled:
+        if self._cfg.on.infobatch is not None:
             self._make_sampler(self.handle)
         return optimizer
 

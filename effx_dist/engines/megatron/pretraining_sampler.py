@@ -16,6 +16,7 @@ from effx_dist.data.peers import Peers
 from effx_dist.data.plan import EpochPlan
 from effx_dist.data.slots import whole_number
 from effx_dist.errors import ConfigError
+from effx_dist.forwarded import Forwarded
 from effx_dist.shard import Group, TorchGroup, as_group
 
 if TYPE_CHECKING:
@@ -184,35 +185,23 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
         """Samples that all ranks together have trained on in the whole run, as Megatron counts them."""
         return self._given if self._is_to_skip else self._num_before + self.inner.position
 
-    @property
-    def total_samples(self) -> int:
-        """Samples of the data set."""
-        return self.inner.num_samples
+    total_samples = Forwarded[int]("inner.num_samples")
+    """Samples of the data set."""
 
-    @property
-    def epoch(self) -> int:
-        """The current epoch, from 0."""
-        return self.inner.epoch
+    epoch = Forwarded[int]("inner.epoch")
+    """The current epoch, from 0."""
 
-    @property
-    def progress(self) -> float:
-        """Data consumed, in epochs; the same on all ranks between two steps."""
-        return self.inner.progress
+    progress = Forwarded[float]("inner.progress")
+    """Data consumed, in epochs; the same on all ranks between two steps."""
 
-    @property
-    def kept_fraction(self) -> float:
-        """Fraction of all samples that the current plan keeps; 1.0 in a full epoch."""
-        return self.inner.kept_fraction
+    kept_fraction = Forwarded[float]("inner.kept_fraction")
+    """Fraction of all samples that the current plan keeps; 1.0 in a full epoch."""
 
-    @property
-    def threshold_value(self) -> float | None:
-        """Score below which samples of this epoch may have been left out; None in an epoch that is not pruned."""
-        return self.inner.threshold_value
+    threshold_value = Forwarded[float | None]("inner.threshold_value")
+    """Score below which samples of this epoch may have been left out; None in an epoch that is not pruned."""
 
-    @property
-    def samples_saved(self) -> int:
-        """Samples left out by pruning in the run so far, the whole of the current epoch included."""
-        return self.inner.samples_saved
+    samples_saved = Forwarded[int]("inner.samples_saved")
+    """Samples left out by pruning in the run so far, the whole of the current epoch included."""
 
     def state_dict(self) -> dict[str, Any]:
         """That of the inner sampler, and ``consumed_samples``. Collective; the same on the ranks of one model."""

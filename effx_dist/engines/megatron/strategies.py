@@ -104,7 +104,7 @@ class ExcpSaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]  # Megat
             or (isinstance(value, ShardedObject) and _of_optimizer(value))
         )
         keys = sorted({key for row in layout.group.all_gather_object(own) for key in row})
-        return self._checkpoints.save_described(chain, iteration, {KEYS: keys})
+        return self._checkpoints.save_checkpoint(chain, iteration, described={KEYS: keys})
 
 
 class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
@@ -202,7 +202,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
     def _holds_no_more(self, chain: Path, iteration: int) -> bool:
         """Whether the checkpoint holds nothing of the model that the job has not: Megatron ignores what
         nobody asks for."""
-        own = {f"{MODEL}.{member.name}" for member in self._checkpoints.layout.known_tensors}
+        own = {f"{MODEL}.{tensor.name}" for tensor in self._checkpoints.layout.known_tensors}
 
         def look() -> bool:
             with open_checkpoint(chain, iteration) as opened:

@@ -3,15 +3,3 @@
 from effx_dist.optim.kernels.eager import EagerKernels
 from effx_dist.optim.kernels.interface import NUM_COLUMNS, Column, Item, Kernels, working_dtype
 from effx_dist.optim.kernels.selection import IMPLEMENTATIONS, Implementation, kernels_class
-
-__all__ = [
-    "IMPLEMENTATIONS",
-    "NUM_COLUMNS",
-    "Column",
-    "EagerKernels",
-    "Implementation",
-    "Item",
-    "Kernels",
-    "kernels_class",
-    "working_dtype",
-]

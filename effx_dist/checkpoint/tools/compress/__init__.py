@@ -7,5 +7,3 @@ from __future__ import annotations
 
 from effx_dist.checkpoint.tools.compress.content import ReadOptions
 from effx_dist.checkpoint.tools.compress.run import CompressReport, compress_series
-
-__all__ = ["CompressReport", "ReadOptions", "compress_series"]

@@ -19,7 +19,7 @@ import torch
 
 from effx_dist.checkpoint.state.joints import TensorFacts
 from effx_dist.checkpoint.state.names import plain_name
-from effx_dist.checkpoint.state.optimizer_groups import group_options
+from effx_dist.checkpoint.state.torch_state import group_options
 from effx_dist.checkpoint.tools.compress.content import (
     PlainContent,
     PlainOptimizer,

@@ -126,7 +126,7 @@ class _Run:
         self._checkpoints = checkpoints
         self._options = options
         self._group = group
-        self._before: _Layout | None = None
+        self._before: _Contents | None = None
         self._division: Division | None = None
 
     def compress(
@@ -134,12 +134,12 @@ class _Run:
     ) -> None:
         """Save one checkpoint; ``parent`` is the step before it, if there is one. Collective."""
 
-        def opened() -> tuple[PlainContent, _Layout]:
+        def opened() -> tuple[PlainContent, _Contents]:
             found = checkpoint.open(self._options)
-            layout = _Layout.of(checkpoint.step, found)
+            layout = _Contents.of(checkpoint.step, found)
             if self._before is None and parent is not None:
                 folder = step_folder(self._checkpoints.folder, parent)
-                self._before = _Layout.of_manifest(read_manifest(folder)[0])
+                self._before = _Contents.of_manifest(read_manifest(folder)[0])
             if self._before is not None:
                 layout.check(self._before, self._options.weights_only, checkpoint.path)
             return found, layout
@@ -183,7 +183,7 @@ class _Stated:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _Contents:
     """The tensors of a checkpoint, and the other names of tied ones."""
 
     step: int
@@ -191,7 +191,7 @@ class _Layout:
     aliases: frozenset[str]
 
     @classmethod
-    def of_manifest(cls, manifest: Manifest) -> _Layout:
+    def of_manifest(cls, manifest: Manifest) -> _Contents:
         trees = tuple(f"{MODEL}.{name}." for name in run_values(manifest).model_values)
         tensors = {
             name: TensorFacts(record.torch_dtype, tuple(record.shape))
@@ -202,11 +202,11 @@ class _Layout:
         return cls(manifest.step, tensors, frozenset(manifest.aliases))
 
     @classmethod
-    def of(cls, step: int, content: PlainContent) -> _Layout:
+    def of(cls, step: int, content: PlainContent) -> _Contents:
         tensors = {name: tensor.facts for name, tensor in content.tensors.items()}
         return cls(step, tensors, frozenset(f"{MODEL}.{name}" for name in content.tied))
 
-    def check(self, before: _Layout, weights_only: bool, where: object) -> None:
+    def check(self, before: _Contents, weights_only: bool, where: object) -> None:
         """Raise LayoutMismatchError where a tensor differs from that of the step ``before``. An
         optimizer may have more state than there was."""
         prefixes = (f"{MODEL}.",) if weights_only else (f"{MODEL}.", f"{OPTIMIZER}.")

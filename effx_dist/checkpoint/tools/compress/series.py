@@ -12,7 +12,7 @@ from typing import Literal
 
 from effx_dist.checkpoint.format.manifest import short
 from effx_dist.checkpoint.state.matching import listed
-from effx_dist.checkpoint.storage.step_names import MANIFEST
+from effx_dist.checkpoint.storage.steps import MANIFEST
 from effx_dist.checkpoint.tools.compress.content import PlainContent, ReadOptions
 from effx_dist.checkpoint.tools.compress.dcp import METADATA, open_dcp
 from effx_dist.checkpoint.tools.compress.deepspeed import MODEL_STATES, open_deepspeed

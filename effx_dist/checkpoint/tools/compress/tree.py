@@ -9,7 +9,7 @@ from typing import Any
 
 from effx_dist.checkpoint.state.matching import listed
 from effx_dist.checkpoint.state.names import plain_name
-from effx_dist.checkpoint.state.optimizer_groups import group_options
+from effx_dist.checkpoint.state.torch_state import group_options
 from effx_dist.checkpoint.tools.compress.content import (
     ParamNames,
     PlainContent,

@@ -8,5 +8,3 @@ the writer of a target. Nothing but torch and safetensors is needed.
 from __future__ import annotations
 
 from effx_dist.checkpoint.tools.convert.run import TARGETS, ConvertOptions, convert_checkpoint
-
-__all__ = ["TARGETS", "ConvertOptions", "convert_checkpoint"]
