@@ -191,7 +191,7 @@ class Checkpointer:
             if live.is_replicated:
                 leaves = shared_out(leaves, self._control.rank, self._control.size)
             staged = self._staging.copy(leaves)
-        except BaseException as error:  # no memory, Ctrl-C: the other ranks save already
+        except BaseException as error:  # no memory, or Ctrl-C: the other ranks are saving already
             self._executor.give_up(self._num_saves, error)
             raise
         facts = SaveFacts(step, state.values, state.aliases, tag, moves_latest)
@@ -378,7 +378,7 @@ class CheckpointersByFolder:
         self._made: OrderedDict[str, Checkpointer] = OrderedDict()
 
     def __getitem__(self, folder: str | os.PathLike[str]) -> Checkpointer:
-        """That of a folder; made on first use, which is collective."""
+        """The Checkpointer of a folder; it is made on first use, which is collective."""
         key = folder_key(folder)
         if key not in self._made:
             self._make_room()
@@ -387,7 +387,7 @@ class CheckpointersByFolder:
         return self._made[key]
 
     def get(self, folder: str | os.PathLike[str]) -> Checkpointer | None:
-        """That of a folder, if there is one. No communication is performed."""
+        """The Checkpointer of a folder, if there is one. No communication is performed."""
         return self._made.get(folder_key(folder))
 
     def close(self) -> None:

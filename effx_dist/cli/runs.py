@@ -12,7 +12,7 @@ from effx_dist.cli.places import FINDING
 from effx_dist.cli.show import show_table
 
 if TYPE_CHECKING:
-    from effx_dist.report.doctor import Part
+    from effx_dist.report.doctor import Entry
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder with the run's run.jsonl.")]
 
@@ -38,14 +38,14 @@ def doctor() -> None:
     from effx_dist.report.doctor import examine
 
     found = examine()
-    _show_parts("Machine", found.machine)
-    _show_parts("Packages", found.packages)
-    _show_parts("What will work", found.features)
+    _show_entries("Machine", found.machine)
+    _show_entries("Packages", found.packages)
+    _show_entries("What will work", found.features)
     if found.missing:
         typer.echo(f"effx: required and not usable: {', '.join(found.missing)}", err=True)
         raise typer.Exit(FINDING)
 
 
-def _show_parts(title: str, parts: Sequence[Part]) -> None:
-    show_table([title, "found", ""], [[part.name, part.found, part.note] for part in parts])
+def _show_entries(title: str, entries: Sequence[Entry]) -> None:
+    show_table([title, "found", ""], [[entry.name, entry.found, entry.note] for entry in entries])
     typer.echo()

@@ -113,7 +113,7 @@ def encode_plane(data: U8, level: int) -> bytes:
 
 
 def _sample(data: U8, num_bytes: int) -> U8:
-    """All of data, or four stretches of it."""
+    """All of ``data`` as one stretch, or four stretches of it."""
     if data.size <= num_bytes:
         return data
     starts = (index * data.size // 4 for index in range(4))

@@ -37,7 +37,7 @@ class SymbolParts:
     pairs: U8
     """Their nibbles."""
     large: U8
-    """Those above 15, in order."""
+    """The symbols above 15, in order."""
 
 
 def pack(symbols: U8, level: int = _DEFAULT_LEVEL) -> bytes:

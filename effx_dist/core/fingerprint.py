@@ -24,7 +24,8 @@ Fingerprint = tuple[int, int]
 def fingerprint(
     words: npt.NDArray[np.unsignedinteger], positions: npt.NDArray[np.integer]
 ) -> Fingerprint:
-    """Of some elements: their bit patterns, and their places in the whole tensor (flat, row-major).
+    """The fingerprint of some elements, given their bit patterns and their places in the whole tensor (flat,
+    row-major).
 
     Both 1-D and of one length. No communication is performed.
     """
@@ -38,7 +39,7 @@ def fingerprint(
 
 
 def add_fingerprints(parts: Iterable[Fingerprint]) -> Fingerprint:
-    """Of the elements of all parts together."""
+    """The fingerprint of all the elements that the given ones are of."""
     low = high = 0
     for part in parts:
         low, high = (low + part[0]) & _MASK, (high + part[1]) & _MASK

@@ -59,7 +59,7 @@ class UpdateRule(ABC):
 
 
 class _Averaging(UpdateRule):
-    """Its update has the signs of ``beta1 * m + (1 - beta1) * g``, the first two coefficients."""
+    """The update has the signs of ``beta1 * m + (1 - beta1) * g``, the first two coefficients."""
 
     def signs(
         self, coefficients: Sequence[Scalar], moments: Sequence[torch.Tensor], grad: torch.Tensor

@@ -383,7 +383,8 @@ class InfoBatchSampler(Sampler[int]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: a group of several ranks stays behind, and the copy can finish its epoch but not plan."""
+        """For pickle: a group of several ranks cannot travel, so the copy can finish its epoch but cannot
+        plan the next."""
         ranks = dataclasses.replace(self._planner.ranks, group=detached(self.group))
         peers = dataclasses.replace(self.peers, groups=tuple(map(detached, self.peers.groups)))
         return {**self.__dict__, "_planner": Planner(self.config, ranks), "peers": peers}

@@ -41,7 +41,7 @@ class ScoreBook:
 
     @classmethod
     def unscored(cls, num_owned: int) -> ScoreBook:
-        """Nothing is known of any sample."""
+        """A book in which no sample has a score yet."""
         return cls(np.full(num_owned, np.nan, dtype=np.float32))
 
     def receive(

@@ -128,7 +128,7 @@ class Span:
 
     @classmethod
     def of_epoch(cls, num_kept: int, batches: Batches, drop_last: bool) -> Span:
-        """All slots of an epoch that begins now."""
+        """The span of a whole epoch that begins now."""
         size = batches.global_batch
         whole = num_kept // size * size
         padded = -(-num_kept // size) * size

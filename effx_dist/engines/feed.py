@@ -32,7 +32,7 @@ class Feed(Generic[S]):
     """
 
     how_to_make_one: str
-    """In an error: the engine's ways to make a sampler."""
+    """What an error says of how the engine makes a sampler."""
 
     def __init__(self, config: InfoBatchConfig | None) -> None:
         self._infobatch = config if config is not None and config.enabled else None

@@ -84,7 +84,7 @@ def _flattened(model: nn.Module) -> Iterator[tuple[torch.Tensor, list[Held]]]:
 
 
 def _held(prefix: str, handle: FlatParamHandle) -> Iterator[Held]:
-    """Each original parameter of a unit: where in its local tensor it lies, if anywhere."""
+    """For each original parameter of a unit, where it lies in the local tensor, if anywhere."""
     flat_param = handle.flat_param
     is_flat = handle.uses_sharded_strategy or flat_param._params is None
     groups: tuple[Group, ...] = ()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from effx_dist.shard import Group, SoloGroup, TorchGroup
 
 ALONE = -1
-"""In place of a local rank, where no launcher has given this process one."""
+"""The local rank of a process that no launcher has given one."""
 
 
 def init(

@@ -271,7 +271,7 @@ class Kernels:
         return out
 
     def undo_delta_(self, folded: Array, words: Array) -> None:
-        """Undoes delta in place: words holds the reference before."""
+        """Undoes delta in place: ``words`` holds the reference at first, and the original words afterwards."""
         n, width = words.size, words.dtype.itemsize
         if not words.flags.writeable:
             raise ValueError("words: must be writable")

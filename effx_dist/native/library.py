@@ -46,11 +46,11 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Begins the names of its libraries."""
+        """The beginning of its libraries' names."""
         return self.files[0].stem
 
     def stem(self) -> str:
-        """Begins the name of a library of this source, these flags and this kind of processor."""
+        """The beginning of the name of a library of this source, these flags and this kind of processor."""
         text = "".join(path.read_text() for path in (*self.files, *sorted(HEADERS.glob("*.h"))))
         described = f"{text}{FLAGS}{_vector_flags()}{platform.machine()}"
         return f"{self.name}_{_digest(described.encode())}_"

@@ -22,8 +22,8 @@ class Coefficients:
     def add(
         self, rule: UpdateRule, settings: Mapping[str, Any], steps: Sequence[float]
     ) -> list[int]:
-        """For parameters of one group that are about to take their ``steps[i]``-th step: the index
-        of each one's row. Equal steps share a row.
+        """Add the rows of one group's parameters, which are about to take their ``steps[i]``-th step; returns
+        the index of each one's row. Equal steps share a row.
         """
         distinct = sorted(set(steps))
         place = {step: self._num_rows + i for i, step in enumerate(distinct)}

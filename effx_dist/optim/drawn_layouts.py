@@ -60,7 +60,7 @@ class DrawnLayouts:
         return self._drawn[key]
 
     def alignment(self) -> dict[str | int, float]:
-        """As ParamLayout.alignment, of all of them."""
+        """The alignment of all layouts together; see :meth:`ParamLayout.alignment`."""
         found: dict[str | int, float] = {}
         for layout in self._drawn.values():
             found |= layout.alignment()

@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CLOSE = 1e-3
-"""Of the distance that a parameter has moved: a copy that is nearer to where it arrived follows it."""
+"""A fraction of the distance that a parameter has moved. A copy that ends nearer than this to the parameter
+follows it."""
 
 _STAYS = 0.75
-"""Of the distance between two stand-ins, what an optimizer leaves that steps the parameter itself; decay takes some.
+"""The fraction of the distance between two stand-ins that remains if the optimizer steps the parameter itself; decay
+takes some of it.
 One that interpolates between the parameter and weights of its own (schedule-free) takes half of it at first."""
 
 _COLLECTIVES = ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd")

@@ -203,7 +203,7 @@ class ParamLayout:
                 f"{self.describe(index)}: the gradient's shape is {tuple(grad.shape)}, on this "
                 f"rank {tuple(local_grad.shape)}; must be {tuple(param.shape)} and {tuple(local.shape)}"
             )
-        # Segments are ranges of memory: the gradient's elements must lie as the parameter's do.
+        # Flat pieces are ranges of memory: the gradient's elements must lie as the parameter's do.
         if local_grad.is_contiguous() and local.is_contiguous():
             return local_grad
         if local_grad.stride() == local.stride():

@@ -71,7 +71,7 @@ class GradParam(NamedTuple):
 
     param: torch.Tensor
     place: int
-    """In the layout."""
+    """Its index in the layout."""
     grad: torch.Tensor
     """Local, checked."""
 

@@ -17,8 +17,8 @@ from effx_dist.optim.param_layout import ParamLayout
 from effx_dist.shard import start_sum
 
 _COUNT_BITS = 46
-"""Of an int64 count: 7e13 elements of one parameter. The bits above them count the ranks without a gradient, up to
-2^17."""
+"""The bits of an int64 that count elements: enough for 7e13 of one parameter. The bits above them count the
+ranks without a gradient, up to 2^17."""
 _LAG = 2
 """Steps after which an accelerator's answer is read: it has arrived by then, and nobody waits for it."""
 

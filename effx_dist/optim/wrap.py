@@ -45,8 +45,9 @@ class Move:
     decays_cautiously: bool = False
 
     def update(self, piece: FlatPiece) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a piece, in the dtype of the arithmetic: the parameter from which the inner step began,
-        in a tensor that may be ``before``; what that subtracted from it; and the gradient to descend.
+        """What happened to one piece, in the dtype of the arithmetic: the parameter from which the inner step
+        began, in a tensor that may be ``before``; what the inner step subtracted from it; and the gradient to
+        descend.
         """
         old, new, grad = (piece.of(whole) for whole in (self.before, self.local, self.param.grad))
         if self.decay is not None and not self.decays_cautiously:

@@ -33,7 +33,7 @@ OPTIONAL = {
 
 
 @dataclass(frozen=True)
-class Part:
+class Entry:
     """One thing looked at: a package, a device, or a feature."""
 
     name: str
@@ -46,9 +46,9 @@ class Part:
 class Examination:
     """What `effx doctor` shows."""
 
-    machine: tuple[Part, ...]
-    packages: tuple[Part, ...]
-    features: tuple[Part, ...]
+    machine: tuple[Entry, ...]
+    packages: tuple[Entry, ...]
+    features: tuple[Entry, ...]
     missing: tuple[str, ...]
     """Required packages that are absent or do not import; empty where effx_dist can be used."""
 
@@ -62,11 +62,11 @@ def examine() -> Examination:
         missing.append("torch")
     return Examination(
         machine=(
-            Part("effx_dist", __version__),
-            Part("python", platform.python_version(), platform.platform()),
-            Part("processor cores", str(_num_cores())),
+            Entry("effx_dist", __version__),
+            Entry("python", platform.python_version(), platform.platform()),
+            Entry("processor cores", str(_num_cores())),
             *_accelerators(torch),
-            Part("communication", _backends(torch) or "no", "backends of torch.distributed"),
+            Entry("communication", _backends(torch) or "no", "backends of torch.distributed"),
         ),
         packages=tuple(_package(name, versions[name], fault) for name in versions),
         features=tuple(_features(versions, torch)),
@@ -97,26 +97,26 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _package(name: str, version: str | None, torch_fault: str) -> Part:
+def _package(name: str, version: str | None, torch_fault: str) -> Entry:
     if name == "torch" and version and torch_fault:
-        return Part(name, version, f"does not import: {torch_fault}")
+        return Entry(name, version, f"does not import: {torch_fault}")
     if version:
-        return Part(name, version, OPTIONAL.get(name, ""))
-    return Part(name, "no", OPTIONAL.get(name) or f"required; pip install {name}")
+        return Entry(name, version, OPTIONAL.get(name, ""))
+    return Entry(name, "no", OPTIONAL.get(name) or f"required; pip install {name}")
 
 
-def _accelerators(torch: Any) -> list[Part]:
+def _accelerators(torch: Any) -> list[Entry]:
     """List every device; a driver that is there but refuses is a line, not a crash."""
     try:
         if torch is None or not torch.cuda.is_available():
-            return [Part("accelerators", "no", "training runs on the processor")]
+            return [Entry("accelerators", "no", "training runs on the processor")]
         found = [
             torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())
         ]
     except Exception as error:
-        return [Part("accelerators", "no", f"{type(error).__name__}: {error}")]
+        return [Entry("accelerators", "no", f"{type(error).__name__}: {error}")]
     return [
-        Part(f"cuda:{i}", device.name, bytes_text(device.total_memory))
+        Entry(f"cuda:{i}", device.name, bytes_text(device.total_memory))
         for i, device in enumerate(found)
     ]
 
@@ -129,7 +129,7 @@ def _backends(torch: Any) -> str:
     return ", ".join(name for name, check in checks.items() if check is not None and check())
 
 
-def _features(versions: dict[str, str | None], torch: Any) -> list[Part]:
+def _features(versions: dict[str, str | None], torch: Any) -> list[Entry]:
     backends = _backends(torch)
     no_torch = "" if torch is not None else "torch does not import"
     codecs = [name for name in ("numcodecs", "zstandard", "xxhash") if not versions[name]]
@@ -186,8 +186,8 @@ def _blocked_by_lock(torch: Any) -> str:
     return ""
 
 
-def _feature(name: str, obstacle: str, note: str = "") -> Part:
-    return Part(name, "no", obstacle) if obstacle else Part(name, "yes", note)
+def _feature(name: str, obstacle: str, note: str = "") -> Entry:
+    return Entry(name, "no", obstacle) if obstacle else Entry(name, "yes", note)
 
 
 def _engine_fault(adapter: str, engine_version: str | None) -> str:

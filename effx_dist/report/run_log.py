@@ -63,7 +63,7 @@ class RunRecords:
     records: tuple[Record, ...]
     """One a step, by rising step."""
     events: tuple[Event, ...]
-    """In the order of the file."""
+    """The events, in the order of the file."""
     num_superseded: int
     """Records of steps that a resumed (or restarted) run went back over; they are not in `records`."""
     num_unreadable_lines: int

@@ -221,9 +221,9 @@ class TorchGroup(Group):
         return wait
 
     def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        num_sent = torch.tensor([part.numel() for part in send], dtype=torch.int64)
+        num_sent = torch.tensor([row.numel() for row in send], dtype=torch.int64)
         num_received = self._exchange_flat(num_sent, [1] * self.size, [1] * self.size).tolist()
-        flat = torch.cat([part.reshape(-1) for part in send])
+        flat = torch.cat([row.reshape(-1) for row in send])
         received = self._exchange_flat(flat, num_sent.tolist(), num_received)
         return list(received.split(num_received))
 
@@ -248,7 +248,7 @@ class TorchGroup(Group):
 
 
 def separate_group(timeout: timedelta = timedelta(minutes=10)) -> Group:
-    """All ranks there are, over a group that nothing else uses: for talk beside the training loop.
+    """A group of all ranks that nothing else uses, for what ranks say to each other beside the training loop.
 
     Collective over torch.distributed where it is initialised; this process alone otherwise.
     """
@@ -268,7 +268,7 @@ def as_group(group: Group | dist.ProcessGroup | None) -> Group:
 
 
 _made: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = {}
-"""By its ranks: the default group at the time, and the process group made for these ranks."""
+"""For each set of ranks, the process group that was made for it, and the default group at that time."""
 
 
 class JointGroup(TorchGroup):

@@ -27,7 +27,7 @@ class MpiGroup(Group):
     leaves on its own, :meth:`abort` it.
 
     Args:
-        communicator: mpi4py's, such as part of the world; None for the whole world.
+        communicator: mpi4py's, such as that of some ranks; None for the whole world.
 
     Raises:
         MissingEngineError: mpi4py or the MPI library is missing.
@@ -79,8 +79,8 @@ class MpiGroup(Group):
         host = tensor.detach().to("cpu", carrier).contiguous()
         mpi_op = getattr(self._mpi, op.upper())
         requests = [
-            self._communicator.Iallreduce(self._mpi.IN_PLACE, part.numpy(), mpi_op)
-            for part in _parts(host.view(-1))
+            self._communicator.Iallreduce(self._mpi.IN_PLACE, message.numpy(), mpi_op)
+            for message in _messages(host.view(-1))
         ]
 
         def wait() -> None:
@@ -91,21 +91,21 @@ class MpiGroup(Group):
         return wait
 
     def all_to_all(self, send: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        num_received = self._communicator.alltoall([part.numel() for part in send])
+        num_received = self._communicator.alltoall([row.numel() for row in send])
         received = [
-            torch.empty(num, dtype=part.dtype) for num, part in zip(num_received, send, strict=True)
+            torch.empty(num, dtype=row.dtype) for num, row in zip(num_received, send, strict=True)
         ]
         requests = [
-            begin(part.view(torch.uint8).numpy(), rank)
+            begin(message.view(torch.uint8).numpy(), rank)
             for begin, rows in (
                 (self._communicator.Irecv, received),
-                (self._communicator.Isend, [part.detach().cpu().contiguous() for part in send]),
+                (self._communicator.Isend, [row.detach().cpu().contiguous() for row in send]),
             )
             for rank, row in enumerate(rows)
-            for part in _parts(row)
+            for message in _messages(row)
         ]
         self._mpi.Request.Waitall(requests)
-        return [part.to(sent.device) for part, sent in zip(received, send, strict=True)]
+        return [row.to(sent.device) for row, sent in zip(received, send, strict=True)]
 
     def all_gather_object(self, value: T) -> list[T]:
         values: list[T] = self._communicator.allgather(value)
@@ -125,7 +125,7 @@ class MpiGroup(Group):
         return hash((MpiGroup, self.rank, self.size))
 
 
-def _parts(flat: torch.Tensor) -> Iterator[torch.Tensor]:
+def _messages(flat: torch.Tensor) -> Iterator[torch.Tensor]:
     """A contiguous 1-D tensor in pieces that every MPI can send; as many of an empty one as of a
     short one."""
     return iter(flat.split(MAX_MESSAGE_BYTES // flat.element_size()))

@@ -91,9 +91,9 @@ class ChunkEncoder:
         self._files = files
         self._threads = threads
 
-    def planes(self, box: Box, part: torch.Tensor, is_moment: bool = False) -> ChunkRecord:
+    def planes(self, box: Box, values: torch.Tensor, is_moment: bool = False) -> ChunkRecord:
         """A chunk losslessly; in the manifest itself where it is small or one value throughout."""
-        bits = coding.to_bits(part)
+        bits = coding.to_bits(values)
         if bits.nbytes <= MAX_INLINE_BYTES:
             return _chunk(box, inline=bits.tobytes().hex())
         words = bits.size // box.numel
@@ -105,13 +105,13 @@ class ChunkEncoder:
 
         return self._blocks(box, encode, MOMENTS if is_moment else VALUES)
 
-    def delta(self, box: Box, part: torch.Tensor, reference: torch.Tensor) -> ChunkRecord:
+    def delta(self, box: Box, values: torch.Tensor, reference: torch.Tensor) -> ChunkRecord:
         """A chunk losslessly, as the difference to its reference; one mark in the manifest where
         there is none."""
-        bits, old = coding.to_bits(part), coding.to_bits(reference)
+        bits, old = coding.to_bits(values), coding.to_bits(reference)
         words = bits.size // box.numel
         if coding.is_same(bits, old):
-            return _chunk(box, fill=bytes(part.element_size()).hex())
+            return _chunk(box, fill=bytes(values.element_size()).hex())
 
         def encode(cut: slice) -> bytes:
             inside = slice(cut.start * words, cut.stop * words)
@@ -129,7 +129,7 @@ class ChunkEncoder:
         return in_order(encode, block_ranges(box.numel), threads)
 
     def joint(
-        self, parts: JointPieces, quantiser: JointQuantiser, reconstruction: torch.Tensor
+        self, pieces: JointPieces, quantiser: JointQuantiser, reconstruction: torch.Tensor
     ) -> tuple[ChunkRecord, ChunkRecord, ChunkRecord]:
         """Chunks of a weight, exp_avg and exp_avg_sq (empty if there is none).
 
@@ -138,21 +138,21 @@ class ChunkEncoder:
         """
 
         def encode(cut: slice) -> coding.JointPayloads:
-            payloads, residual = coding.quantise(quantiser, parts.arrays(cut))
-            reconstruction[cut] = coding.add_residual(parts.reference[cut], residual)
+            payloads, residual = coding.quantise(quantiser, pieces.arrays(cut))
+            reconstruction[cut] = coding.add_residual(pieces.reference[cut], residual)
             return payloads
 
         weight, first, second = [], [], []
-        for payloads in self._each_block(parts.box, encode):
+        for payloads in self._each_block(pieces.box, encode):
             weight.append(self._files.append(payloads.weight, VALUES))
             if payloads.exp_avg is not None:
                 first.append(self._files.append(payloads.exp_avg, MOMENTS))
             if payloads.exp_avg_sq is not None:
                 second.append(self._files.append(payloads.exp_avg_sq, MOMENTS))
         return (
-            _chunk(parts.box, blocks=weight),
-            _chunk(parts.box, file=MOMENTS, blocks=first),
-            _chunk(parts.box, file=MOMENTS, blocks=second),
+            _chunk(pieces.box, blocks=weight),
+            _chunk(pieces.box, file=MOMENTS, blocks=first),
+            _chunk(pieces.box, file=MOMENTS, blocks=second),
         )
 
 

@@ -129,7 +129,7 @@ def _check_flat(values: torch.Tensor) -> None:
 
 
 def undo_difference_(values: torch.Tensor, folded: Bits) -> None:
-    """The same from the folded differences themselves."""
+    """As :func:`undo_delta_`, from the folded differences instead of their payload."""
     _check_flat(values)
     undo_folded_delta_(folded, to_bits(values))
 
@@ -206,7 +206,7 @@ def decode_residual(
 
 def residual_of(current: torch.Tensor, reference: torch.Tensor) -> npt.NDArray[np.float32]:
     """Flat fp32 ``current - reference``."""
-    # numpy stays on this thread, of which an encoder has been given so many
+    # numpy, because torch would use more threads than the encoder was given
     pair = (x.detach().float().reshape(-1).numpy() for x in (current, reference))
     with np.errstate(invalid="ignore", over="ignore"):  # not finite: then it is stored losslessly
         residual: npt.NDArray[np.float32] = np.subtract(*pair)

@@ -42,8 +42,8 @@ _STORABLE = (
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in _STORABLE if hasattr(torch, name)
 }
-"""By name, what is stored as its bytes: all dtypes of this torch whose memory holds the whole value.
-Those of torch's older quantised tensors keep their scales elsewhere."""
+"""The dtypes that are stored, by name: all of this torch whose memory holds the whole value. torch's older quantised
+dtypes are not among them, because they keep their scales elsewhere."""
 
 MAX_MANIFEST_BYTES = 2**30
 """Larger files are not read as manifests: that of a 100B-parameter model on 1000 ranks is 10^8 bytes."""
@@ -291,8 +291,8 @@ def manifest_checksum(content: bytes, path: object) -> str:
 
 
 def stated_checksum(place: Location) -> str:
-    """The same of the manifest in a checkpoint's folder, which names the checkpoint; reads its start
-    only. Raises CorruptCheckpointError where there is none."""
+    """The checksum that the manifest in a checkpoint's folder states; it identifies the checkpoint. Only the
+    start of the file is read. Raises CorruptCheckpointError where there is none."""
     return manifest_checksum(place.read_start(MANIFEST, _HEAD_BYTES), place / MANIFEST)
 
 

@@ -40,8 +40,8 @@ from effx_dist.errors import ConfigError, CorruptCheckpointError, UnreadableSave
 from effx_dist.shard import Box, whole_box
 
 SHORTEST_BLOCK_BYTES = {"planes": 5, "delta": 6}
-"""Of a lossless block, however many values it stands for: a tag, their bytes (varint), and one stream
-of a repeated byte; a difference has a tag of its own before it."""
+"""The fewest bytes of a lossless block, by kind, however many values it stands for: a tag, the number of their bytes
+(varint), and one stream of a repeated byte; a difference has one more tag before them."""
 MAX_DIMS = 64
 
 

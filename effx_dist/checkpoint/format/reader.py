@@ -110,7 +110,7 @@ class StepReader:
         """Close all files; they open again when they are needed."""
         for file in self.files:
             file.close()
-        if "merged" in vars(self) and self.merged is not None:  # it was asked for
+        if "merged" in vars(self) and self.merged is not None:  # it has been read, and so is open
             self.merged.close()
 
     def _quantisers(self) -> dict[str, JointQuantiser]:
@@ -160,7 +160,7 @@ class ChainReader:
         return values
 
     def read_into(self, name: str, box: Box, values: torch.Tensor) -> None:
-        """The same, into a host tensor of the box's sizes and the stored dtype.
+        """As :meth:`read`, into a host tensor of the box's sizes and the stored dtype.
 
         One streaming pass: each block is decoded from the base up before the next one, in
         ``values`` itself where it is a contiguous stretch there, so no second copy of the box is
@@ -228,7 +228,7 @@ class ChainReader:
     def _step(self, depth: int) -> StepReader:
         with self._lock:
             step = self._opened(depth)
-            _ = step.merged  # looked for here, where one thread does
+            _ = step.merged  # looked for here, because the lock is held here
             return step
 
     def _opened(self, depth: int) -> StepReader:

@@ -1,4 +1,4 @@
-"""From an open checkpoint into live objects, and into what the next save goes on from."""
+"""Filling live objects from an open checkpoint, and preparing what the next save goes on from."""
 
 from __future__ import annotations
 

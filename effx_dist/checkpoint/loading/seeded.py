@@ -126,7 +126,7 @@ def whole_fingerprints(fragments: Mapping[str, Fragment], group: Group) -> dict[
 
 def _held(fragments: Mapping[str, Fragment]) -> Held:
     return {
-        name: {box: _fingerprint_of(fragment.shape, box, part) for box, part in fragment.pieces}
+        name: {box: _fingerprint_of(fragment.shape, box, values) for box, values in fragment.pieces}
         for name, fragment in fragments.items()
     }
 
@@ -134,25 +134,25 @@ def _held(fragments: Mapping[str, Fragment]) -> Held:
 def _merge(fragments: Mapping[str, Fragment], by_rank: Sequence[Held]) -> dict[str, str]:
     found = {}
     for name, fragment in fragments.items():
-        parts: dict[Box, Fingerprint] = {}
+        by_box: dict[Box, Fingerprint] = {}
         for rank, held in enumerate(by_rank):
             for box, value in held.get(name, {}).items():
-                if parts.setdefault(box, value) != value:
+                if by_box.setdefault(box, value) != value:
                     raise LayoutMismatchError(
                         f"{name}: the copy of {box} on rank {rank} differs from another rank's; "
                         "a seeded initialisation must be the same on all"
                     )
-        held_numel = sum(box.numel for box in parts)
+        held_numel = sum(box.numel for box in by_box)
         if held_numel != math.prod(fragment.shape):
             raise LayoutMismatchError(
                 f"{name}: the ranks hold {held_numel} elements of {math.prod(fragment.shape)}"
             )
-        found[name] = fingerprint_hex(add_fingerprints(parts.values()))
+        found[name] = fingerprint_hex(add_fingerprints(by_box.values()))
     return found
 
 
-def _fingerprint_of(shape: tuple[int, ...], box: Box, part: torch.Tensor) -> Fingerprint:
-    bits = to_bits(part.detach().cpu().contiguous())
+def _fingerprint_of(shape: tuple[int, ...], box: Box, values: torch.Tensor) -> Fingerprint:
+    bits = to_bits(values.detach().cpu().contiguous())
     pieces = _positions(shape, box)
     start, found = 0, []
     for positions in pieces:

@@ -1,5 +1,4 @@
-"""What a save will be, decided once by the coordinator; and the manifest that all ranks' results
-add up to."""
+"""What a save will be: a base or a link, and which weights are quantised. Decided once, by the coordinator."""
 
 from __future__ import annotations
 
@@ -112,7 +111,8 @@ def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[
 
 
 def _is_base_due(before: Figures | None, config: ExcpConfig) -> bool:
-    """By the number of saves since the last base, or by what they take up in units of it."""
+    """Whether a base is due: so many saves after the last one, or when the links since then take up so many
+    times its bytes."""
     if before is None or before.saves_since_base + 1 >= config.base_every:
         return True
     size = config.base_every_size

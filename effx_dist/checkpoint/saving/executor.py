@@ -63,7 +63,7 @@ class SaveExecutor(ABC):
 
 
 class _Here:
-    """In the place of a Worker: runs a call where it is submitted."""
+    """Takes the place of a Worker and runs each call within :meth:`submit`."""
 
     def submit(self, body: Callable[..., T], *args: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -132,7 +132,9 @@ class ProcessExecutor(SaveExecutor):
         self._rendezvous = rendezvous
         self._loaded: Loaded | None = None  # what a new child has to be told
         self._is_abandoned = False
-        self._replacing = threading.Lock()  # no child is started once the last one was abandoned
+        self._replacing = (
+            threading.Lock()
+        )  # no child may be started after the last one was abandoned
         self._start_process()
         self._worker = Worker("effx-save")
 
@@ -227,7 +229,7 @@ class ProcessExecutor(SaveExecutor):
         return answer
 
     def _failure(self) -> RankFailedError:
-        """Of a process that has closed its end of the pipe, and so is about to be gone."""
+        """The error for a saving process that has closed its end of the pipe, and is therefore about to end."""
         try:
             code = self._process.wait(ABANDON_S)
         except subprocess.TimeoutExpired:

@@ -28,16 +28,17 @@ class OpenCheckpointer(Protocol):
 
 
 _open: dict[OpenCheckpointer, int] = {}
-"""By the process that made it: what forks from that has its saves in sight, which never end there."""
+"""The open Checkpointers, each with the process that made it: a fork inherits this table, but not the threads in
+which the saves would end."""
 
 
 def opened(checkpointer: OpenCheckpointer) -> None:
-    """Note that it is open."""
+    """Add a Checkpointer to the open ones."""
     _open[checkpointer] = os.getpid()
 
 
 def closed(checkpointer: OpenCheckpointer) -> None:
-    """Note that it is not."""
+    """Take a Checkpointer out of the open ones."""
     _open.pop(checkpointer, None)
 
 

@@ -1,4 +1,4 @@
-"""The manifest that all ranks' results add up to."""
+"""The manifest of a save, built from what all ranks report to have written."""
 
 from __future__ import annotations
 

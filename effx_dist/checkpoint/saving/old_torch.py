@@ -35,13 +35,13 @@ class CopyingStager:
         """The copy is complete when :meth:`stage` returns."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no resources are held."""
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Fragment):
-        parts = [(box, part.detach().to("cpu", copy=True)) for box, part in value.pieces]
-        return Fragment(value.shape, value.dtype, parts, value.is_replica)
+        pieces = [(box, values.detach().to("cpu", copy=True)) for box, values in value.pieces]
+        return Fragment(value.shape, value.dtype, pieces, value.is_replica)
     if not isinstance(value, torch.Tensor):
         return value
     return value.detach().clone() if value.device.type == "cpu" else value.detach().cpu()
@@ -53,7 +53,7 @@ COPIES_BY_ITSELF = hasattr(staging, "DefaultStager")
 if TYPE_CHECKING or COPIES_BY_ITSELF:
 
     class SafeStaging:
-        """Nothing to add to a writer."""
+        """Adds nothing: this torch stages safely by itself."""
 
 else:
     SafeStaging = CopyingStager

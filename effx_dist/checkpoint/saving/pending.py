@@ -75,7 +75,7 @@ class PendingSave:
     """raw_bytes / stored_bytes. Waits for the save."""
 
     run_ratio = Forwarded[float]("result.figures.run_ratio")
-    """The same over all saves of the run so far, bases included. Waits for the save."""
+    """The same ratio over all saves of the run so far, bases included. Waits for the save."""
 
     error = Forwarded[float]("result.figures.error")
     """Largest relative root-mean-square weight error over the tensors; 0 if exact. Waits for

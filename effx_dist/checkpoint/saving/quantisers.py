@@ -30,7 +30,7 @@ from effx_dist.shard.group import ReduceOp
 
 Array = npt.NDArray[Any]
 LocalPieces = Mapping[str, Sequence[JointPieces]]
-"""This rank's parts of each joint, by the weight's name; no entry where it holds nothing of it."""
+"""This rank's pieces of each joint, by the weight's name; no entry where it holds nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def measure(
     """The quantiser of each weight, the same on every rank; none for one that cannot be quantised
     (not finite, say).
 
-    Four rounds over the local parts, each with one gather of failures and one all-reduce of a
+    Four rounds over the local pieces, each with one gather of failures and one all-reduce of a
     vector per joint: maxima, two of integer sums, and the weights' squares for the error. No
     reconstruction depends on how the tensors are cut. Blocks are looked at on up to ``threads``
     threads, which changes nothing.
@@ -101,7 +101,7 @@ class _Block:
     cut: slice
 
     def arrays(self) -> JointArrays:
-        """Its residual and moments."""
+        """Residual and moments of this block."""
         return self.pieces.arrays(self.cut)
 
     def weight_squares(self) -> Array:
@@ -146,6 +146,6 @@ class _Rounds:
     def _blocks(self) -> Iterator[tuple[int, _Block]]:
         """Every local block, by the index of its joint."""
         for index, spec in enumerate(self._specs):
-            for parts in self._local.get(spec.joint.weight, ()):
-                for cut in block_ranges(parts.box.numel):
-                    yield index, _Block(parts, cut)
+            for pieces in self._local.get(spec.joint.weight, ()):
+                for cut in block_ranges(pieces.box.numel):
+                    yield index, _Block(pieces, cut)

@@ -137,7 +137,7 @@ class _Step:
     """Or has a tag."""
     has_moments: bool
     has_weights: bool
-    """Its weights can be read, those of its parents included, as far as names and sizes tell."""
+    """Whether its weights can be read, those of its parents included, as far as names and sizes tell."""
     is_whole: bool
     """A run can go on from it."""
 
@@ -193,7 +193,7 @@ def _missing(place: Location, facts: _Facts, listed: Mapping[str, int]) -> list[
 
 
 def _facts(place: Location) -> _Facts | None:
-    """None where the manifest is damaged."""
+    """What retention needs of a step's manifest; None where that is damaged."""
     try:
         return _facts_of(place, stated_checksum(place))
     except CorruptCheckpointError as error:

@@ -81,11 +81,11 @@ class Packed:
 def _tensors_of(value: SaveJob | Loaded) -> list[torch.Tensor]:
     if isinstance(value, Loaded):
         return list(value.references.values())
-    return [part for fragment in value.state.values() for _, part in fragment.pieces]
+    return [values for fragment in value.state.values() for _, values in fragment.pieces]
 
 
 def _with_tensors(value: SaveJob | Loaded, tensors: Iterator[Any]) -> SaveJob | Loaded:
-    """The same with other tensors, in the order of :func:`_tensors_of`."""
+    """A copy of ``value`` with other tensors, given in the order of :func:`_tensors_of`."""
     if isinstance(value, Loaded):
         return replace(value, references={key: next(tensors) for key in value.references})
     state = {

@@ -19,7 +19,7 @@ ALIGNMENT = 64
 """Bytes to which each tensor's start is rounded up: a cache line."""
 
 Spec = tuple[int, tuple[int, ...], torch.dtype]
-"""Of a tensor in an arena: its first byte, its shape and its dtype."""
+"""Where a tensor lies in a shared memory: its first byte, its shape and its dtype."""
 
 
 def rounded(num_bytes: int) -> int:
@@ -83,7 +83,7 @@ def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return torch.empty(0, dtype=torch.uint8).set_(storage) if is_common else None
 
 
-Part = tuple[str, Box, torch.Tensor]
+LivePiece = tuple[str, Box, torch.Tensor]
 """Name of a tensor, one box of it, and the live values."""
 
 SHARED_MEMORY = "/dev/shm"
@@ -105,15 +105,15 @@ class Staging:
         """Fragments of all leaves in host memory. Waits for the copies. No communication is
         performed."""
         live = {name: Fragment.of(name, leaf) for name, leaf in leaves.items()}
-        parts = [
-            (name, box, part) for name, found in live.items() for box, part in found.own_pieces
+        pieces = [
+            (name, box, values) for name, found in live.items() for box, values in found.own_pieces
         ]
-        buffers = self._shared_buffers(parts) if self._shared else self._own_buffers(parts)
+        buffers = self._shared_buffers(pieces) if self._shared else self._own_buffers(pieces)
         staged = {name: Fragment(found.shape, found.dtype, []) for name, found in live.items()}
-        for (name, box, part), buffer in zip(parts, buffers, strict=True):
-            buffer.copy_(part, non_blocking=buffer.is_pinned())
+        for (name, box, values), buffer in zip(pieces, buffers, strict=True):
+            buffer.copy_(values, non_blocking=buffer.is_pinned())
             staged[name].pieces.append((box, buffer))
-        for device in {part.device for _, _, part in parts}:
+        for device in {values.device for _, _, values in pieces}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         return staged
@@ -123,22 +123,22 @@ class Staging:
         self._buffers.clear()
         self._memory = None
 
-    def _own_buffers(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def _own_buffers(self, pieces: Sequence[LivePiece]) -> list[torch.Tensor]:
         before, self._buffers = self._buffers, {}
-        for name, box, part in parts:
+        for name, box, values in pieces:
             key = (name, box.offsets)
             found = before.get(key)
-            if found is None or tuple(found.shape) != box.sizes or found.dtype != part.dtype:
-                pinned = part.device.type == "cuda"
-                found = torch.empty(box.sizes, dtype=part.dtype, pin_memory=pinned)
+            if found is None or tuple(found.shape) != box.sizes or found.dtype != values.dtype:
+                pinned = values.device.type == "cuda"
+                found = torch.empty(box.sizes, dtype=values.dtype, pin_memory=pinned)
             self._buffers[key] = found
         return list(self._buffers.values())
 
-    def _shared_buffers(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def _shared_buffers(self, pieces: Sequence[LivePiece]) -> list[torch.Tensor]:
         specs, end = [], 0
-        for _, box, part in parts:
-            specs.append((end, box.sizes, part.dtype))
-            end += rounded(box.numel * part.element_size())
+        for _, box, values in pieces:
+            specs.append((end, box.sizes, values.dtype))
+            end += rounded(box.numel * values.element_size())
         if self._memory is None or self._memory.numel() < end:
             self._memory = None  # given back before more is taken
             _check_room(end)

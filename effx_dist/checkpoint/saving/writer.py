@@ -58,7 +58,7 @@ from effx_dist.shard import Box, Group, SoloGroup, as_group, separate_group
 
 logger = logging.getLogger(__name__)
 
-Parts = dict[Key, tuple[Box, torch.Tensor]]
+LocalPieces = dict[Key, tuple[Box, torch.Tensor]]
 
 
 class ExcpWriter(SafeStaging, StorageWriter):
@@ -146,16 +146,16 @@ class ExcpWriter(SafeStaging, StorageWriter):
         decision = self._decision = plan.storage_data
         _refuse_stock_caching(planner)
         group = as_group(self._group) if self._merges(decision) else SoloGroup()
-        parts, results = group.everywhere(  # a rank whose planner fails must not be waited for
+        pieces, results = group.everywhere(  # a rank whose planner fails must not be waited for
             lambda: self._resolve(plan.items, planner, decision), keep_own_error=False
         )
         self.chain.conclude(decision.parent_id if decision.is_link else self.chain.id)
-        joint_pieces = self._joint_pieces(decision, parts)
+        joint_pieces = self._joint_pieces(decision, pieces)
         self._measured = self._measure(decision, joint_pieces)
         reconstruction: dict[Key, torch.Tensor] = {}
         with RankFiles(self._staging(decision), decision.rank) as files:
             encoder = ChunkEncoder(files, self.config.encoder_threads)
-            for key, chunk in self._encode(encoder, decision, parts, joint_pieces, reconstruction):
+            for key, chunk in self._encode(encoder, decision, pieces, joint_pieces, reconstruction):
                 results.append(_result(key, decision.rank, chunk))
         self._check_written(decision, results, files.records())
         results.append(_result(("", ()), decision.rank, files.records()))
@@ -260,10 +260,10 @@ class ExcpWriter(SafeStaging, StorageWriter):
 
     def _resolve(
         self, items: Sequence[WriteItem], planner: SavePlanner, decision: Decision
-    ) -> tuple[Parts, list[WriteResult]]:
+    ) -> tuple[LocalPieces, list[WriteResult]]:
         """The items' tensors in host memory, contiguous; and the results of those that are JSON
         values."""
-        parts: Parts = {}
+        pieces: LocalPieces = {}
         results = []
         for item in items:
             data = planner.resolve_data(item)
@@ -273,19 +273,21 @@ class ExcpWriter(SafeStaging, StorageWriter):
                 results.append(_result((item.index.fqn, ()), decision.rank, value))
             elif (box := _box(item)).numel:
                 assert isinstance(data, torch.Tensor)
-                parts[item.index.fqn, box.offsets] = (box, _plain(data))
-        return parts, results
+                pieces[item.index.fqn, box.offsets] = (box, _plain(data))
+        return pieces, results
 
-    def _joint_pieces(self, decision: Decision, parts: Parts) -> dict[str, list[JointPieces]]:
+    def _joint_pieces(
+        self, decision: Decision, pieces: LocalPieces
+    ) -> dict[str, list[JointPieces]]:
         found: dict[str, list[JointPieces]] = {}
         joints = {spec.joint.weight: spec.joint for spec in decision.specs}
-        for (name, offsets), (box, weight) in parts.items():
+        for (name, offsets), (box, weight) in pieces.items():
             if (joint := joints.get(name)) is None:
                 continue
             reference = self.chain.reference(name, box, weight.dtype)
             assert reference is not None
-            second = parts[joint.exp_avg_sq, offsets][1].view(-1) if joint.exp_avg_sq else None
-            first = parts[joint.exp_avg, offsets][1].view(-1)
+            second = pieces[joint.exp_avg_sq, offsets][1].view(-1) if joint.exp_avg_sq else None
+            first = pieces[joint.exp_avg, offsets][1].view(-1)
             found.setdefault(name, []).append(
                 JointPieces(box, weight.view(-1), reference.view(-1), first, second)
             )
@@ -310,7 +312,7 @@ class ExcpWriter(SafeStaging, StorageWriter):
         self,
         encoder: ChunkEncoder,
         decision: Decision,
-        parts: Parts,
+        pieces: LocalPieces,
         joint_pieces: dict[str, list[JointPieces]],
         reconstruction: dict[Key, torch.Tensor],
     ) -> list[tuple[Key, ChunkRecord]]:
@@ -325,33 +327,33 @@ class ExcpWriter(SafeStaging, StorageWriter):
             done.update(spec.joint.names)
             for joint in joint_pieces.get(weight, ()):
                 offsets = joint.box.offsets
-                kept = reconstruction[weight, offsets] = self._own(parts[weight, offsets][1])
+                kept = reconstruction[weight, offsets] = self._own(pieces[weight, offsets][1])
                 chunks = encoder.joint(joint, self._measured[weight].quantiser, kept.view(-1))
                 named = zip(spec.joint.names, chunks, strict=False)
                 records += [((name, offsets), chunk) for name, chunk in named]
-        for key, (box, part) in parts.items():
+        for key, (box, values) in pieces.items():
             name = key[0]
             if name in done:
                 continue
             coding = decision.coding_of(name, self._measured)
             if isinstance(coding, Delta):
-                reference = self.chain.reference(name, box, part.dtype)
+                reference = self.chain.reference(name, box, values.dtype)
                 assert reference is not None
-                records.append((key, encoder.delta(box, part, reference)))
+                records.append((key, encoder.delta(box, values, reference)))
             else:
-                records.append((key, encoder.planes(box, part, is_moment(name))))
+                records.append((key, encoder.planes(box, values, is_moment(name))))
             if is_chained(name, decision.facts[name]):
-                reconstruction[key] = self._own(part)
+                reconstruction[key] = self._own(values)
         return records
 
-    def _own(self, part: torch.Tensor) -> torch.Tensor:
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
         """The tensor itself where the writer owns it, else a copy: the caller's tensors are never
         written to."""
-        return part if self._owns_tensors else part.clone()
+        return values if self._owns_tensors else values.clone()
 
 
 def _refuse_stock_caching(planner: SavePlanner) -> None:
-    """From the second save on torch's planner would hand over the first one's decision again."""
+    """Refuse torch's caching planner, which from the second save on hands over the decision of the first one again."""
     if getattr(planner, "_enable_plan_caching", False):
         raise ConfigError(
             f"{type(planner).__name__}(enable_plan_caching=True) does not tell a writer what was decided for "

@@ -21,7 +21,7 @@ NUM_SHOWN = 8
 """Tensors that a message names before it counts the rest."""
 
 NameMap = Mapping[str, str | None] | Callable[[str], str | None]
-"""From a live parameter's or buffer's name to its name in the checkpoint. None: do not load it. A
+"""Maps a live parameter's or buffer's name to its name in the checkpoint, or to None: do not load it. A
 Mapping leaves names that it does not hold as they are."""
 
 

@@ -67,7 +67,7 @@ def per_rank_path(path: str, rank: int) -> str:
 
 
 def own_state(name: str, saved: Any, obj: object, rank: int, size: int) -> Any:
-    """The part of one stateful object's saved tree that this rank takes; None for nothing.
+    """What this rank takes of one stateful object's saved tree; None for nothing.
 
     Raises LayoutMismatchError where what was saved for each rank meets an object for all of them, the
     other way round, or another number of ranks. No communication is performed.
@@ -162,15 +162,15 @@ def _without_groups(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digests(state: Mapping[str, Fragment]) -> dict[str, str]:
-    """Of tensors in states that this rank holds as a whole, by name."""
+    """Digests, by name, of those tensors in states of which this rank holds the whole."""
     found = {}
     for name, fragment in state.items():
-        parts = fragment.own_pieces
-        if not name.startswith(("stateful.", "extra.")) or len(parts) != 1:
+        pieces = fragment.own_pieces
+        if not name.startswith(("stateful.", "extra.")) or len(pieces) != 1:
             continue
-        box, part = parts[0]
+        box, values = pieces[0]
         if box == whole_box(fragment.shape):
-            found[name] = xxhash.xxh3_128_hexdigest(to_bits(part.contiguous()).data)
+            found[name] = xxhash.xxh3_128_hexdigest(to_bits(values.contiguous()).data)
     return found
 
 

@@ -25,7 +25,7 @@ from effx_dist.errors import CorruptCheckpointError
 T = TypeVar("T")
 
 STAGED = ".part"
-"""Ends the name of a file that is still being written."""
+"""The ending of a file's name while the file is being written."""
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _WAITS_S = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Pauses between looks for a folder that another node says it has made."""
@@ -134,7 +134,9 @@ class LocalFolder(Location):
         try:
             to.parent.sync()
         except BaseException:
-            to.path.rename(self.path)  # what may not last must not look as if it did
+            to.path.rename(
+                self.path
+            )  # a checkpoint whose name may not survive a crash must not be visible
             raise
 
     def make(self) -> None:
@@ -157,7 +159,7 @@ class LocalFolder(Location):
         try:
             os.fsync(descriptor)
         except OSError as error:
-            # file systems that cannot be told (some in user space) have no such thing to make durable
+            # some file systems in user space do not offer fsync of a folder
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from effx_dist.errors import CorruptCheckpointError
 
 WRITING = "writing-"
-"""Begins the name of a local folder whose content is being put together."""
+"""The beginning of a local folder's name while its content is being put together."""
 REMEDY = "Restore the file from a copy, or load an older step"
 
 

@@ -56,6 +56,6 @@ def location(folder: Folder) -> Location:
 
 
 def folder_key(folder: str | os.PathLike[str]) -> str:
-    """The same text for the same folder: a URL as it is, a local path made absolute."""
+    """A text that is equal for equal folders: a URL as it is, a local path made absolute."""
     text = os.fspath(folder)
     return text if "://" in text else str(Path(text).absolute())

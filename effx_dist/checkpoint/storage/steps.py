@@ -24,16 +24,17 @@ LATEST = "latest"
 MOMENTS_REMOVED = "moments-removed"
 PINNED = "pinned"
 TAG = "tag.json"
-"""In a folder that is named like a tag: which step the tag stands for."""
+"""The file, in a folder that has a tag's name, that says which step the tag stands for."""
 MERGED = "merged"
-"""Inside a step: its weights once more as a base, made from the chain below it, which then may go."""
+"""The folder inside a step that holds its weights once more as a base, made from the chain below it; the chain
+may then be removed."""
 WRITING_NAME = re.compile(WRITING + r"[0-9a-f]{8}-(.+)")
 REMOVING = "removing-"
-"""Begins the name of a folder on its way out."""
+"""The beginning of a folder's name while the folder is being removed."""
 SUPERSEDED = "superseded-"
-"""Begins the name of a checkpoint set aside because the run went back to an older one."""
+"""The beginning of a checkpoint's name after it was set aside because the run went back to an older one."""
 StepPrefix = Literal["step-", "global_step"]
-"""Begins the name of a step's folder: this library's own, and DeepSpeed's."""
+"""The beginning of a step folder's name: this library's own, and DeepSpeed's."""
 STEP_PREFIXES: tuple[StepPrefix, ...] = get_args(StepPrefix)
 _STEP_NAME = re.compile(rf"(?:{'|'.join(STEP_PREFIXES)})(0|[1-9][0-9]{{0,17}})")
 _SIBLING = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")

@@ -46,7 +46,7 @@ class CheckpointDifference:
     """Two checkpoints side by side."""
 
     tensors: tuple[TensorDifference, ...]
-    """Every tensor of either, the largest change first."""
+    """All tensors of both checkpoints, the largest change first."""
     values: tuple[str, ...]
     """Paths of what is no tensor (parameter groups, a scheduler's state, the caller's extra), and is
     not the same."""

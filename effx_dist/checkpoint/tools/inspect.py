@@ -26,7 +26,7 @@ class StepSummary:
 
     step: int
     name: str = ""
-    """Of its folder."""
+    """Name of its folder."""
     tags: tuple[str, ...] = ()
     """What the run calls it besides."""
     kind: str = ""
@@ -48,7 +48,7 @@ class StepSummary:
     moments_removed: bool = False
     """Kept for later steps that are differences to it: its weights can be read, its moments not."""
     merged: bool = False
-    """Holds its weights as a base too, made from the chain that was below it."""
+    """Whether it also holds its weights as a base, made from the chain that was below it."""
 
 
 def inspect_folder(folder: Folder) -> list[StepSummary]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def dealt_out(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """By rank, which of the parts of these sizes (bytes) it does: indices in rising order.
+    """Deal work of these sizes (bytes) out to the ranks: by rank, the indices of what it does, in rising order.
 
     The largest goes first, each to the rank that has the least so far; a function of its arguments
     alone, so all ranks agree. No communication is performed.

@@ -69,8 +69,8 @@ class TensorDetail:
     raw_bytes: int
     stored_bytes: int
     quantiser: dict[str, Any] | None
-    """Of a joint's weight: profile, kind, step, number of levels on either side, and the relative rms
-    error that it makes."""
+    """For a joint's weight: profile, kind, step, numbers of symbols, and the relative rms error that it
+    makes; else None."""
     histogram: Histogram
 
 

@@ -51,7 +51,7 @@ from effx_dist.core.fixed_point import (
 from effx_dist.native import kernels as native
 
 MAX_ENTRIES = 255
-"""Of a moment's table: its symbols are 1 to 255."""
+"""Most entries of a moment's table: its symbols are 1 to 255."""
 
 
 def choose_threshold(beta: float, totals: Totals) -> np.float32:

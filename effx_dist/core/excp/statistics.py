@@ -79,17 +79,17 @@ class Scales:
 
     @property
     def squares_exponent(self) -> int:
-        """Of r^2."""
+        """Exponent of the fixed point sum of r^2."""
         return block_exponent(self.max_r * self.max_r, self.global_numel)
 
     @property
     def m_exponent(self) -> int:
-        """Of |m|."""
+        """Exponent of the fixed point sum of |m|."""
         return block_exponent(self.max_m, self.global_numel)
 
     @property
     def v_exponent(self) -> int:
-        """Of v."""
+        """Exponent of the fixed point sum of v."""
         return block_exponent(self.max_v, self.global_numel)
 
 

@@ -24,7 +24,7 @@ from effx_dist.shard import ShardMap
 logger = logging.getLogger(__name__)
 
 OptimizerMaker = Callable[[Any], Optimizer]
-"""As DeepSpeed takes one in an optimizer's place: from parameters or groups of them."""
+"""A function that DeepSpeed takes in an optimizer's place: it makes one from parameters, or groups of them."""
 
 _TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 _DEEPSPEED_ADAMS = (FusedAdam, DeepSpeedCPUAdam)
@@ -98,7 +98,7 @@ def _undo_first_step(holder: Any, optimizer: Optimizer) -> None:
 
 
 def _settled(optimizer: Optimizer, settings: CautiousConfig | None) -> Optimizer:
-    """Cautious if ``settings`` say so, and ready to be given partitions."""
+    """The optimizer, made cautious if ``settings`` say so, and ready to be given partitions."""
     made = optimizer if settings is None else _cautious_form(optimizer, settings)
     if isinstance(made, CautiousOptimizer | CautiousWrapper) and made.shard_map is None:
         made.shard_map = _whole_tensors

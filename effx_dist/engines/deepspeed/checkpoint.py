@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 _PREFIX: StepPrefix = "global_step"
 _MAX_LATEST_BYTES = 4096
 _ONCE = ExcpConfig(profile="lossless", base_every=1, async_mode="sync")
-"""Of a Checkpointer that only loads."""
+"""Settings of a Checkpointer that only loads."""
 _users: dict[str, WeakSet[EngineCheckpoints]] = defaultdict(WeakSet)
 """The engines of this process that have saved to or gone on from a folder."""
 
@@ -213,7 +213,7 @@ class EngineCheckpoints(RunCheckpoints):
     def _load_weights(self, folder: str, name: str, strict: bool) -> Any:
         live = self._live(with_optimizer=False)
         with Checkpointer(folder, _ONCE) as checkpoints:
-            # a mapping, if of each name to itself: another run begins, whose random states are its own
+            # any mapping, here of each name to itself, says that another run begins, with random states of its own
             checkpoints.load(live, tag=name, strict=strict, mapping=str)
             return _client_state(checkpoints, with_counters=True)
 

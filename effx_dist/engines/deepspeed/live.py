@@ -35,7 +35,7 @@ class ZeroState(LiveState):
     Args:
         engine: the engine.
         with_optimizer: whether the base optimizer's state is part of it.
-        with_frozen: whether parameters are that the optimizer does not train.
+        with_frozen: whether the parameters that the optimizer does not train are part of it.
 
     Making one and saving from it performs no communication. A fresh optimizer is made to have a state
     by a step of zero gradients, and :meth:`finish` gathers parameters; both are collective.
@@ -105,7 +105,7 @@ class ZeroState(LiveState):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """From the master weights to the parameters that compute, by DeepSpeed's own ways."""
+        """Copy the master weights to the parameters that compute, by DeepSpeed's own methods."""
         optimizer = self._engine.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             optimizer.checkpoint_event_prologue()  # lets go of whole parameters that it keeps
@@ -168,7 +168,8 @@ def _shared_value(name: str, key: str, value: Any) -> Any:
 
 
 def _one_value(key: str, current: Any, partition: Partition, state: StateByName) -> Any:
-    """The way back, in the type that the optimizer uses; 0 where no parameter has one."""
+    """Undoes :func:`_shared_value`: one value for the partition, in the type that the optimizer uses; 0 where no
+    parameter has one."""
     names = [plain_name(whole.name) for whole in partition.wholes]
     found = {name: state[name][key] for name in names if key in state.get(name, {})}
     if isinstance(current, bool | str | None):

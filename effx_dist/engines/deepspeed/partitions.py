@@ -52,12 +52,12 @@ class Partition:
 
     @property
     def wholes(self) -> tuple[WholeTensor, ...]:
-        """The parameters."""
+        """The whole parameters."""
         return tuple(whole for whole, _ in self.held)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """All that lies in ``flat``."""
+        """The pieces of all wholes that lie in ``flat``."""
         return tuple(piece for _, of_whole in self.held for piece in of_whole)
 
 

@@ -22,7 +22,7 @@ from effx_dist.optim.base import CautiousOptimizer
 from effx_dist.optim.drawn_layouts import DrawnLayouts
 
 FUSED_ADAM = "FusedAdam"
-"""Of Transformer Engine and of Apex."""
+"""The name of this class in Transformer Engine and in Apex."""
 
 
 class MegatronCautiousAdamW(CautiousAdamW, torch.optim.AdamW):
@@ -33,8 +33,8 @@ class MegatronCautiousAdamW(CautiousAdamW, torch.optim.AdamW):
 
 
 class MegatronCautiousFusedAdam(CautiousAdamW):
-    """The same in the place of a FusedAdam, which counts its steps once for each group. It is no AdamW of
-    torch, which refuses a state without steps."""
+    """C-AdamW in the place of a FusedAdam, which counts its steps once for each group. It does not derive from torch's
+    AdamW, which refuses a state without steps."""
 
 
 class MegatronCautiousSGD(CautiousSGD, torch.optim.SGD):

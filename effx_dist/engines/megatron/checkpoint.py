@@ -160,12 +160,12 @@ _FIELDS = (
     *("softmax_scale", "softmax_type", "window_size", "activation_func_clamp_value"),
     "glu_linear_offset",
 )
-"""Of TransformerConfig, under its names."""
+"""Fields of TransformerConfig that are kept, under its own names."""
 _OF_MODEL = (
     *("position_embedding_type", "max_sequence_length", "share_embeddings_and_output_weights"),
     *("rotary_base", "rotary_percent"),
 )
-"""Of GPTModel."""
+"""Attributes of GPTModel that are kept."""
 
 
 def description_of(model_chunks: Sequence[Any], vocabulary: int | None) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def _of_optimizers(optimizers: Sequence[Any]) -> Iterator[str]:
 
 
 def _settings_explain(optimizer: Any) -> bool:
-    """Megatron FSDP leaves a DistributedOptimizer without any buffer of its own."""
+    """Whether a setting that is refused anyway explains what is missing: Megatron FSDP leaves a DistributedOptimizer
+    without buffers."""
     return bool(getattr(getattr(optimizer, "ddp_config", None), "use_megatron_fsdp", False))
 
 

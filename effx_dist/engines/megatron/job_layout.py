@@ -29,7 +29,7 @@ class KnownTensor(NamedTuple):
     name: str
     facts: TensorFacts
     group_index: int
-    """In the parameter groups of all optimizers, one behind the other; -1 where none steps it."""
+    """Its group, counted over the parameter groups of all optimizers one after another; -1 where none steps it."""
     is_padded: bool
 
 
@@ -55,7 +55,7 @@ class JobLayout:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Of all inner optimizers, one behind the other."""
+        """The parameter groups of all inner optimizers, one after another."""
         return [g for optimizer in self.optimizers for g in optimizer.optimizer.param_groups]
 
     @cached_property
@@ -129,7 +129,7 @@ def _refuse_lost(lost: Sequence[str]) -> None:
 
 
 def _told_here(layout: JobLayout) -> list[KnownTensor]:
-    """Those that this rank is the one to tell of."""
+    """The tensors that this rank tells the others of, because it is their first holder."""
     found = []
     sizes = [len(optimizer.optimizer.param_groups) for optimizer in layout.optimizers]
     offset_of = dict(zip(map(id, layout.optimizers), accumulate(sizes, initial=0), strict=False))

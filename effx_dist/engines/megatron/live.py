@@ -50,7 +50,7 @@ class MegatronState(LiveState):
         self._wider: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def fit(self, saved: Mapping[str, TensorFacts]) -> None:
-        """Of a padded vocabulary, the rows that both have are loaded. Where the model is loaded without
+        """Of a padded vocabulary only the rows that both sides have are loaded. Where the model is loaded without
         an optimizer, its 16-bit parameters are rounded from what the checkpoint holds."""
         self._saved = saved
 
@@ -80,7 +80,7 @@ class MegatronState(LiveState):
         return {}  # Megatron's names of a tied tensor are one
 
     def take_model_values(self, values: Mapping[str, Any]) -> None:
-        """There are none."""
+        """Does nothing: Megatron's model has no values that are not tensors."""
 
     def optimizer_state(self) -> OptimizerState:
         options = group_options(self._layout.param_groups)
@@ -90,7 +90,7 @@ class MegatronState(LiveState):
         told_fresh = self._layout.group.all_gather_object(
             [_is_fresh(optimizer.optimizer) for optimizer in self._layout.optimizers]
         )
-        # a rank without any part in an optimizer steps along with the others, or not at all
+        # a rank that an optimizer has nothing of steps along with the others, or not at all
         used = {i for row in told_fresh for i, is_fresh in enumerate(row) if is_fresh is False}
         for index, optimizer in enumerate(self._layout.optimizers):
             if index not in used:
@@ -120,7 +120,7 @@ class MegatronState(LiveState):
     def fit_groups(
         self, options: list[dict[str, Any]], parameters: list[list[str]] | None
     ) -> list[dict[str, Any]]:
-        """By the names of the parameters: how many groups there are, and in which order, depends on the
+        """Match the groups by the names of their parameters, because their number and order depend on the
         expert-parallel size."""
         if parameters is None or len(parameters) != len(options):
             return options
@@ -166,7 +166,7 @@ class MegatronState(LiveState):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """From the master weights to the parameters that compute, by Megatron's own ways."""
+        """Copy the master weights to the parameters that compute, by Megatron's own methods."""
         for parameter, wide in self._wider:
             parameter.copy_(wide)
         gathered = self._layout.gathering_chunks
@@ -200,16 +200,16 @@ class MegatronState(LiveState):
         return not any(member.group_index >= 0 for member in self._layout.known_tensors)
 
     def _fragment(self, param: MainParam, local: torch.Tensor) -> Fragment:
-        parts = [(piece.box, piece.view(local.detach())) for piece in param.pieces]
-        return self._of_parts(param.local, local.dtype, parts)
+        held = [(piece.box, piece.view(local.detach())) for piece in param.pieces]
+        return self._of_pieces(param.local, local.dtype, held)
 
-    def _of_parts(
-        self, local: LocalTensor, dtype: torch.dtype, parts: Sequence[tuple[Box, torch.Tensor]]
+    def _of_pieces(
+        self, local: LocalTensor, dtype: torch.dtype, held: Sequence[tuple[Box, torch.Tensor]]
     ) -> Fragment:
         shape = self._shape(local.name, local.shape)
         if shape != local.shape:
-            parts = _rows_below(shape[0], parts)
-        return Fragment(shape, dtype, parts, is_replica=not local.is_main)
+            held = _rows_below(shape[0], held)
+        return Fragment(shape, dtype, held, is_replica=not local.is_main)
 
     def _as_it_is(self, local: LocalTensor) -> Fragment:
         """A tensor that no optimizer steps."""
@@ -220,8 +220,8 @@ class MegatronState(LiveState):
             tensor = wide
         whole = WholeTensor(local.name, local.shape)
         pieces = [Piece(whole, box, local_start) for box, local_start in local.boxes]
-        parts = [(piece.box, piece.view(tensor)) for piece in pieces]
-        return self._of_parts(local, tensor.dtype, parts)
+        held = [(piece.box, piece.view(tensor)) for piece in pieces]
+        return self._of_pieces(local, tensor.dtype, held)
 
     def _by_name(self) -> StateByName:
         found: StateByName = {}
@@ -275,13 +275,13 @@ _ROUNDED = frozenset({(torch.bfloat16, torch.float32), (torch.float16, torch.flo
 
 
 def _rows_below(
-    num_rows: int, parts: Sequence[tuple[Box, torch.Tensor]]
+    num_rows: int, held: Sequence[tuple[Box, torch.Tensor]]
 ) -> list[tuple[Box, torch.Tensor]]:
     found = []
-    for box, part in parts:
+    for box, values in held:
         rows = min(box.sizes[0], num_rows - box.offsets[0])
         if rows > 0:
-            found.append((Box(box.offsets, (rows, *box.sizes[1:])), part[:rows]))
+            found.append((Box(box.offsets, (rows, *box.sizes[1:])), values[:rows]))
     return found
 
 
@@ -299,7 +299,7 @@ def _number(saved: Any) -> float:
 
 
 def _take_steps(inner: Any, params: Sequence[MainParam], state: StateByName) -> None:
-    """For an optimizer that counts its steps by group."""
+    """Set the steps of an optimizer that counts them once for each group."""
     for index, group in enumerate(inner.param_groups):
         names = [param.whole.name for param in params if param.group_index == index]
         steps = {name: _number(state[name][STEP]) for name in names if STEP in state.get(name, {})}
@@ -308,7 +308,7 @@ def _take_steps(inner: Any, params: Sequence[MainParam], state: StateByName) -> 
 
 
 def _dtypes(state: StateByName) -> dict[str, tuple[torch.dtype, bool]]:
-    """Of each key: its dtype, and whether it has a value for every element of its parameter."""
+    """For each key of the state, its dtype and whether it has a value for every element of its parameter."""
     return {
         key: (value.dtype, value.shape != ())
         for entries in state.values()
@@ -318,7 +318,7 @@ def _dtypes(state: StateByName) -> dict[str, tuple[torch.dtype, bool]]:
 
 
 def _is_fresh(inner: torch.optim.Optimizer) -> bool | None:
-    """None where it holds nothing on this rank."""
+    """Whether an optimizer has no state yet; None where it holds nothing on this rank."""
     holds = any(group["params"] for group in inner.param_groups)
     return not any(inner.state.values()) if holds else None
 

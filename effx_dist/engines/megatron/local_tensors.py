@@ -167,8 +167,8 @@ def _of_module(module: Any) -> Iterator[LocalTensor]:
 
 
 def _local_tensor(local_name: str, entry: Any) -> LocalTensor:
-    """From one entry of a sharded state dict. A factory's parts are found by letting it cut a tensor
-    without memory."""
+    """Describe one entry of a sharded state dict. How a factory cuts a tensor is found by letting it cut a
+    meta tensor."""
     tensor = entry.data
     outline = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     cut = replace(entry, data=outline)

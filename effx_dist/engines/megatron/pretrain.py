@@ -119,7 +119,7 @@ class PretrainHooks:
         return provide
 
     def _batches(self) -> Iterator[Any]:
-        """All epochs. The next one is planned where all ranks are, at the end of a step."""
+        """The batches of all epochs. The next epoch is planned at the end of a step, where all ranks are."""
         sampler = self._required.sampler
         if sampler is None:
             raise ConfigError("effx.infobatch: is off; give Megatron a loader of your own")
@@ -187,7 +187,7 @@ class PretrainHooks:
         return scheduler
 
     def _go_on(self, handle: Handle) -> None:
-        """To the next epoch where this one is trained; behind the last one, training ends."""
+        """Begin the next epoch if this one has been trained; after the last one, end the training."""
         assert handle.sampler is not None, "the caller looks"
         assert self._cfg.infobatch is not None, "else there is no sampler"
         inner, arguments = handle.sampler.inner, self._arguments()

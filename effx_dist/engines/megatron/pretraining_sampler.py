@@ -204,7 +204,7 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
     """Samples left out by pruning in the run so far, the whole of the current epoch included."""
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the inner sampler, and ``consumed_samples``. Collective; the same on the ranks of one model."""
+        """The state of the inner sampler, and ``consumed_samples``. Collective; the same on the ranks of one model."""
         self._skip_what_was_consumed()
         state = self.inner.state_dict()
         return {**state, CONSUMED: self._num_before + state["position"]}

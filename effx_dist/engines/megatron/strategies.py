@@ -240,7 +240,7 @@ def register(checkpoints: JobCheckpoints, optimizer: Any) -> None:
 
 
 def _or_true(look: Callable[[], bool]) -> bool:
-    """What cannot be looked at is found out, and raised, by the load itself."""
+    """The answer of ``look``; True where it fails, because the load that follows raises what is wrong."""
     try:
         return look()
     except EffxError:
@@ -316,7 +316,7 @@ def _marker_until(pending: PendingSave) -> str:
 
 
 def _wait_for(marker: str) -> None:
-    """In the process that Megatron starts for an asynchronous save, as a child of the one that saves."""
+    """Wait, in the child process that Megatron starts for an asynchronous save, until the save has ended."""
     parent = os.getppid()
     while os.path.exists(marker) and os.getppid() == parent:
         time.sleep(_POLL_S)

@@ -42,11 +42,11 @@ def library() -> Library | None:
 
 
 class CompiledKernels(Kernels):
-    """All items in one call: hundreds of small tensors cost no more than one large one."""
+    """Steps all items in one call, so that hundreds of small tensors cost no more than one large one."""
 
     def __init__(self, rule: UpdateRule, items: Sequence[Item], rows: torch.Tensor) -> None:
         loaded = library()
-        assert loaded is not None, "whoever chooses this form has looked"
+        assert loaded is not None, "kernels_class chooses this form only where the library is there"
         self._library = loaded
         self._rule = _RULES[rule.name]
         self._rows = rows.contiguous()
@@ -66,7 +66,8 @@ class CompiledKernels(Kernels):
         self._note_writes()
 
     def step_wholes(self, counts: torch.Tensor, numels: torch.Tensor) -> None:
-        """As in Kernels; whole by whole, so that the second walk finds in a cache what the first read."""
+        """See :meth:`Kernels.step_wholes`. Goes whole by whole, so that the second walk finds in the cache
+        what the first has read."""
         min_fraction = ctypes.c_double(MIN_FRACTION)
         self._call(self._library.effx_cautious_step, _address(counts), min_fraction)
         self._note_writes()

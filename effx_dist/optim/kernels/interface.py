@@ -108,7 +108,7 @@ def readable_grad(item: Item) -> torch.Tensor:
 
 
 def described(item: Item, grad: torch.Tensor) -> list[int]:
-    """Begins an item's row in the tables that kernels read: four addresses, elements, row, slot."""
+    """The beginning of an item's row in the tables that kernels read: four addresses, number of elements, row, slot."""
     first, second = item.moments[0], item.moments[-1]
     return [
         item.param.data_ptr(),

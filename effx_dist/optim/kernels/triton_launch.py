@@ -56,7 +56,7 @@ class _Launch:
 
 
 class TritonKernels(Kernels):
-    """All items of equal dtypes and alignment in one launch per walk. No walk waits for the device.
+    """Steps all items of equal dtypes and alignment in one launch per walk. No walk waits for the device.
 
     A step may be captured in a CUDA graph, which then holds the items' addresses.
     """
@@ -162,7 +162,7 @@ def _describe(item: Item, grad: torch.Tensor) -> list[int]:
 
 
 def _blocks(numels: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """For each program its piece and which of the piece's blocks it takes: int32 [num programs, 2].
+    """For each program of a launch, which item and which of its blocks it takes: int32 [num programs, 2].
 
     Kept from step to step, since it holds no addresses; for each stream, because another one does
     not know when it is filled. While a graph is captured nothing is filled.

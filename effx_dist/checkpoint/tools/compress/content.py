@@ -61,7 +61,7 @@ class SourceTensor:
         return whole_box(self.facts.shape).numel * self.facts.dtype.itemsize
 
     def whole(self) -> torch.Tensor:
-        """All values, in memory of their own."""
+        """All values, copied into new memory."""
         return self.read(whole_box(self.facts.shape)).clone()
 
 

@@ -64,7 +64,7 @@ STAND_INS: tuple[StandIn, ...] = (
     (_Record, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Record, "deepspeed.utils.tensor_fragment.fragment_address"),
 )
-"""All that DeepSpeed 0.19.8 pickles beside tensors and plain values."""
+"""The classes that DeepSpeed 0.19.8 pickles beside tensors and plain values."""
 
 
 def open_deepspeed(path: Path, options: ReadOptions) -> PlainContent:
@@ -94,7 +94,7 @@ def open_deepspeed(path: Path, options: ReadOptions) -> PlainContent:
 
 
 def _files(path: Path, ending: str) -> list[Path]:
-    """A rank's file after another's."""
+    """The ranks' files with this ending, in the order of the ranks."""
     found = sorted(path.glob(f"*{ending}"), key=lambda file: list(map(int, _numbers(file.name))))
     for file in found:
         other_rank = re.search(r"mp_rank_0*[1-9]", file.name)
@@ -200,8 +200,8 @@ class _Zero:
                 yield name, SourceTensor.of(module[name])
 
     def optimizer(self) -> PlainOptimizer:
-        """Its state by the names of the parameters, as an adapter's checkpoint of the run has it: what
-        a flat vector has one of, such as its number of steps, is each of its parameters'."""
+        """The optimizer's state by the names of the parameters, as the adapter's own checkpoints have it. What a flat
+        vector has only one of, such as its number of steps, is given to each of its parameters."""
         states = [self._states_of(base) for base in self._base]
         by_name: dict[str, dict[str, Any]] = {plain_name(name): {} for name in self._masters}
         for key in [*{key: None for state in states[0] for key in state}]:
@@ -233,7 +233,7 @@ class _Zero:
         return list(base)
 
     def _share(self, key: str, values: Sequence[Any], by_name: dict[str, dict[str, Any]]) -> None:
-        """Give every parameter what its flat vector has one of."""
+        """Give every parameter an entry that its flat vector has only one of."""
         for value, group in zip(values, self._shapes, strict=True):
             for name in group:
                 entry: Any = value
@@ -242,7 +242,7 @@ class _Zero:
                 by_name[plain_name(name)][key] = entry
 
     def _sources(self, by_rank: Sequence[Flats]) -> Iterator[tuple[str, SourceTensor]]:
-        """Every parameter's values in these flat vectors of each rank."""
+        """The values of every parameter, cut out of the ranks' flat vectors."""
         if self._is_stage3:
             yield from self._of_stage3(by_rank)
             return

@@ -179,7 +179,7 @@ class _Stated:
         return self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """It stays as it is."""
+        """Does nothing: the state is only saved."""
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ class Division:
             shapes.setdefault(name, ())
         even = max(math.ceil(sum(num_bytes.values()) / num_ranks), 1)
         pieces = [
-            (num_bytes[name] // num_parts, name, box)
+            (num_bytes[name] // num_pieces, name, box)
             for name, shape in shapes.items()
-            for num_parts in [_num_parts(shape, num_bytes[name], even)]
-            for box in _rows(shape, num_parts)
+            for num_pieces in [_num_pieces(shape, num_bytes[name], even)]
+            for box in _rows(shape, num_pieces)
         ]
         self._shapes = shapes
         self._places: dict[str, list[tuple[int, Box]]] = {}
@@ -64,15 +64,15 @@ def _offsets(place: tuple[int, Box]) -> tuple[int, ...]:
     return place[1].offsets
 
 
-def _num_parts(shape: Shape, num_bytes: int, even: int) -> int:
+def _num_pieces(shape: Shape, num_bytes: int, even: int) -> int:
     num_rows = shape[0] if shape and 0 not in shape else 1
     return max(min(num_rows, math.ceil(num_bytes / even)), 1)
 
 
-def _rows(shape: Shape, num_parts: int) -> list[Box]:
-    if num_parts == 1:
+def _rows(shape: Shape, num_pieces: int) -> list[Box]:
+    if num_pieces == 1:
         return [whole_box(shape)]
-    cuts = [shape[0] * part // num_parts for part in range(num_parts + 1)]
+    cuts = [shape[0] * index // num_pieces for index in range(num_pieces + 1)]
     rest = (0,) * (len(shape) - 1)
     return [Box((start, *rest), (stop - start, *shape[1:])) for start, stop in pairwise(cuts)]
 
@@ -119,20 +119,20 @@ class Share(LiveState):
         return tensor.read(box)
 
     def take_model_values(self, values: Mapping[str, Any]) -> None:
-        """They are the source's."""
+        """Does nothing: the source is only read."""
 
     def made_optimizer_state(self) -> tuple[StateByName, bool]:
         return {}, False
 
     def take_optimizer_state(self, state: StateByName) -> None:
-        """It is the source's."""
+        """Does nothing: the source is only read."""
 
     @property
     def num_groups(self) -> int:
         return 0 if self._content.optimizer is None else len(self._content.optimizer.group_options)
 
     def take_group_options(self, options: list[dict[str, Any]]) -> None:
-        """They are the source's."""
+        """Does nothing: the source is only read."""
 
 
 class EmptyShare(Share):

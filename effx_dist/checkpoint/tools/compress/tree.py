@@ -99,7 +99,7 @@ def optimizer_of(
 
 
 def _descend(tree: Tree) -> tuple[str, Tree]:
-    """Below a single key that holds a model beside other things, such as ``{"app": {...}}``."""
+    """Descend below a single key that holds a model beside other things, such as ``{"app": {...}}``."""
     if len(tree) == 1:
         key, value = next(iter(tree.items()))
         if isinstance(value, Mapping) and any(k in value for k in MODEL_KEYS):

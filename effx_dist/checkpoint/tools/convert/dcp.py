@@ -62,7 +62,7 @@ def write_dcp(content: Content, folder: Path, weights_only: bool, group: Group) 
 
 
 def _whole(content: Content, weights_only: bool) -> dict[str, Any]:
-    """All that is written, with tensors on no device in place of those that are stored."""
+    """Everything that will be written, with meta tensors in the place of those that are still in the checkpoint."""
 
     def placeholder(stored: str) -> torch.Tensor:
         record = content.record(stored)
@@ -98,7 +98,7 @@ class _Planner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
-        plan.items[:] = [part for item in plan.items for part in self._parts(item)]
+        plan.items[:] = [piece for item in plan.items for piece in self._pieces(item)]
         return plan
 
     def dealt_out(self, items: Sequence[WriteItem], num_ranks: int) -> list[list[WriteItem]]:
@@ -117,14 +117,14 @@ class _Planner(DefaultSavePlanner):
         numel: int = item.tensor_data.chunk.sizes.numel()
         return numel * self._content.record(stored).torch_dtype.itemsize
 
-    def _parts(self, item: WriteItem) -> list[WriteItem]:
+    def _pieces(self, item: WriteItem) -> list[WriteItem]:
         stored = self._stored.get(item.index.fqn)
         if stored is None or item.tensor_data is None:
             return [item]
         boxes = list(piece_boxes(self._content.record(stored)))
         if len(boxes) < 2:
             return [item]
-        return [_part(item.index.fqn, item.tensor_data, box) for box in boxes]
+        return [_piece(item.index.fqn, item.tensor_data, box) for box in boxes]
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         stored = self._stored.get(write_item.index.fqn)
@@ -134,7 +134,7 @@ class _Planner(DefaultSavePlanner):
         return self._content.read_box(stored, Box(tuple(chunk.offsets), tuple(chunk.sizes)))
 
 
-def _part(fqn: str, whole: TensorWriteData, box: Box) -> WriteItem:
+def _piece(fqn: str, whole: TensorWriteData, box: Box) -> WriteItem:
     offsets, sizes = torch.Size(box.offsets), torch.Size(box.sizes)
     return WriteItem(
         index=MetadataIndex(fqn, offsets),

@@ -141,7 +141,7 @@ class WeightReader:
         self._kept: tuple[str, torch.Tensor] | None = None
 
     def num_bytes(self, weight: Weight) -> int:
-        """Of the tensor to write."""
+        """Bytes of the tensor to write."""
         return weight.numel * self._dtype(weight).itemsize
 
     def read(self, weight: Weight) -> torch.Tensor:

@@ -36,12 +36,12 @@ class Weight:
 
     @classmethod
     def whole(cls, source: str, shape: Sequence[int]) -> Weight:
-        """All of a tensor of the model."""
+        """A tensor to write that is the whole of a tensor of the model."""
         return cls(source, tuple(shape), (whole_box(shape),))
 
     @classmethod
     def rows(cls, source: str, shape: Sequence[int], ranges: Sequence[range]) -> Weight:
-        """Some rows of a tensor of the model, one range below the other."""
+        """A tensor to write that consists of some rows of a tensor of the model, one range below the other."""
         rest = tuple(shape[1:])
         zeros = (0,) * len(rest)
         boxes = tuple(Box((rows.start, *zeros), (len(rows), *rest)) for rows in ranges)
@@ -49,7 +49,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor to write."""
+        """Shape of the tensor to write."""
         if not self.source_shape:
             return ()
         return (sum(box.sizes[0] for box in self.boxes), *self.boxes[0].sizes[1:])

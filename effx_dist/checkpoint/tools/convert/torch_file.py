@@ -10,7 +10,8 @@ import torch
 from effx_dist.checkpoint.tools.convert.content import Content
 
 PARAM_NAMES = "param_names"
-"""Beside the optimizer: the names of each group's parameters, which its own state numbers."""
+"""The key, beside the optimizer's state, of the names of each group's parameters: the state itself only
+numbers them."""
 
 
 def write_torch_file(content: Content, path: Path, weights_only: bool) -> None:
