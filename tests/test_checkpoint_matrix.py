@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-import effx_dist.checkpoint.saving.decision
+import effx_dist.checkpoint.saving.manifest_building
 from effx_dist.checkpoint.format.reader import read_manifest
 from effx_dist.checkpoint.saving.retention import pin
 from effx_dist.checkpoint.storage.steps import committed_steps, step_name, step_of
@@ -167,7 +167,7 @@ class WrongClock(datetime):
 
 def test_clocks_decide_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Newer saves are stamped older, and files have the times of other files."""
-    monkeypatch.setattr(effx_dist.checkpoint.saving.decision, "datetime", WrongClock)
+    monkeypatch.setattr(effx_dist.checkpoint.saving.manifest_building, "datetime", WrongClock)
     folder = tmp_path / "run"
     run_ranks(2, checks.saves(folder, range(1, 6)))
     stamps = [read_manifest(folder / step_name(step))[0].saved_at for step in range(1, 6)]

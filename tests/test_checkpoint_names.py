@@ -152,9 +152,9 @@ class TestWhatNoReaderAccepts:
     def test_names_that_do_not_resolve(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        from effx_dist.checkpoint.state import live
+        from effx_dist.checkpoint.state import torch_state
 
-        monkeypatch.setattr(live, "tied_names", lambda model: {"head.weight": "lost.weight"})
+        monkeypatch.setattr(torch_state, "tied_names", lambda model: {"head.weight": "lost.weight"})
         message = self.fails(folder, caplog)
         assert "model.head.weight" in message
         assert UnreadableSaveError.__name__ in message

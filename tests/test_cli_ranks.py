@@ -106,7 +106,7 @@ def _fail_unlike() -> None:
         def fail() -> None:
             raise OSError(f"disk {ranks.rank}")
 
-        ranks.everywhere(fail)
+        ranks.everywhere(fail, keep_own_error=False)
 
 
 def _fail_alike() -> None:
@@ -115,7 +115,9 @@ def _fail_alike() -> None:
         def fail() -> None:
             raise OSError("no such disk")
 
-        ranks.everywhere(lambda: ranks.everywhere(fail))
+        ranks.everywhere(
+            lambda: ranks.everywhere(fail, keep_own_error=False), keep_own_error=False
+        )
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.fresh_interpreter import compiler_in, needs_compiler, relaxed_compile
 ENCODE_TWICE = """
 import hashlib, logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
-from effx_dist.checkpoint import coding
+from effx_dist.checkpoint.format import coding
 from effx_dist.core.excp import JointArrays
 from effx_dist.native.kernels import kernels
 from tests.excp_pieces import must_build, whole_tensor
