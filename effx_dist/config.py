@@ -2,11 +2,10 @@
 `ExcpConfig`.
 
 The same block stands in a DeepSpeed JSON, under the key "effx", and in a run's TOML or YAML. A
-section that is absent (or null) is off; a section that is present is on unless it says `enabled:
-false`. Every section is frozen and checks itself: an unknown key, a wrong type and a value out of
-range are all refused with `ConfigError`, which lists every problem at once. Nothing is converted: a
-string is not a number and a boolean is not one either; an integer may stand for a float. No torch
-is imported here.
+section that is absent (or null) is off; one that is present is on unless it says `enabled: false`.
+Every section is frozen and checks itself: unknown keys, wrong types and values out of range are
+refused with `ConfigError`, which lists every problem at once. Nothing is converted: neither a string
+nor a boolean is a number; an integer may stand for a float. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from effx_dist.errors import ConfigError
 BLOCK = "effx"
 SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 
+ProfileName = Literal["balanced", "small", "safe", "excp", "lossless"]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 
@@ -134,7 +134,7 @@ class ExcpConfig(_Section):
     """Whether checkpoints are compressed. Default true: a section that is written down is meant to
     act."""
 
-    profile: Literal["excp", "balanced", "small", "safe", "lossless"] = "balanced"
+    profile: ProfileName = "balanced"
     """What is traded for size: "balanced" stores about 1/70 of the raw bytes, "small" 1/110, "safe"
     1/40, "excp" is the published algorithm, "lossless" is bit-exact at about 1/1.2 (float32) or
     1/1.7 (bfloat16). Default "balanced": half the loss gap of the published algorithm at the same
@@ -214,9 +214,8 @@ class EffxConfig(_Section):
         """Read the "effx" block of a .json, .toml, .yaml or .yml file, or the whole file if none.
 
         Raises:
-            ConfigError: The file cannot be read or parsed (with the line, where the parser gives
-                it), holds a key twice, or says something that is refused. The message names the
-                file.
+            ConfigError: The file, which the message names, cannot be read or parsed (with the line
+                where the parser gives it), holds a key twice, or says something that is refused.
         """
         path = Path(path)
         return cls._from_mapping(_read(path), f"{path}: ")
@@ -240,8 +239,7 @@ class EffxConfig(_Section):
     def to_dict(self) -> dict[str, Any]:
         """Return the block in plain dicts, defaults spelled out; `from_dict` undoes it.
 
-        Nulls are left out (absent means the same, and TOML has none), so it can be written as JSON,
-        TOML or YAML.
+        Nulls are left out, since absent means the same and TOML has no word for them.
         """
         return self.model_dump(exclude_none=True)
 
@@ -356,12 +354,7 @@ def _nearest(owner: type[_Section], name: str, also_known: tuple[str, ...]) -> s
     return f"did you mean {BLOCK if near[0] == BLOCK else f'{owner.KEY}.{near[0]}'}?"
 
 
-_KINDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "null": "null",
-}
+_KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
 _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -382,7 +375,8 @@ def _bound(schema: Mapping[str, Any]) -> str:
     if choices:
         return " or ".join(json.dumps(choice) for choice in choices)
     bounds = [f"{sign} {schema[word]}" for word, sign in _SIGNS.items() if word in schema]
-    return f"{_KINDS[schema['type']]} {' and '.join(bounds)}".rstrip()
+    kind = _KINDS.get(schema["type"], schema["type"])
+    return f"{kind} {' and '.join(bounds)}".rstrip()
 
 
 def _quoted_number(value: object) -> str:

@@ -302,6 +302,7 @@ def test_doctor_says_what_is_here() -> None:
     assert code == 0
     assert re.search(rf"^torch +{re.escape(metadata.version('torch'))}$", out, re.MULTILINE)
     assert re.search(r"^compressed checkpoints \(ExCP\) +yes", out, re.MULTILINE)
+    assert re.search(r"^cautious optimizers +yes +\w+: (compiled|eager|triton)$", out, re.MULTILINE)
 
 
 def test_doctor_names_the_lock_of_a_build_that_was_killed(

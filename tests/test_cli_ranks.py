@@ -115,9 +115,7 @@ def _fail_alike() -> None:
         def fail() -> None:
             raise OSError("no such disk")
 
-        ranks.everywhere(
-            lambda: ranks.everywhere(fail, keep_own_error=False), keep_own_error=False
-        )
+        ranks.everywhere(lambda: ranks.everywhere(fail, keep_own_error=False), keep_own_error=False)
 
 
 @pytest.fixture(scope="module")

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from effx_dist.cli.places import read_json
 from effx_dist.cli.ranks import Mpi, Torchrun, tool_ranks
 from effx_dist.cli.show import progress, show_line, show_table
-from effx_dist.config import ExcpConfig
+from effx_dist.config import ExcpConfig, ProfileName
 from effx_dist.errors import CheckpointNotFoundError, ConfigError
 from effx_dist.report.text import bytes_text, number_text, plural, ratio_text
 
 if TYPE_CHECKING:
     from effx_dist.checkpoint.tools.compress import CompressReport
-
-
-class Profile(StrEnum):
-    """What is traded for size, as ``effx.excp.profile`` says."""
-
-    BALANCED = "balanced"
-    SMALL = "small"
-    SAFE = "safe"
-    EXCP = "excp"
-    LOSSLESS = "lossless"
 
 
 Series = Annotated[
@@ -38,7 +26,9 @@ Series = Annotated[
 Output = Annotated[
     str, typer.Argument(metavar="OUT", help="Folder or URL of the chain, new or to go on with.")
 ]
-HowLossy = Annotated[Profile, typer.Option(help="What is traded for size; lossless is bit-exact.")]
+HowLossy = Annotated[
+    ProfileName, typer.Option(help="What is traded for size; lossless is bit-exact.")
+]
 BaseEvery = Annotated[
     int, typer.Option(min=1, help="Checkpoints from one that is stored whole to the next.")
 ]
@@ -79,7 +69,7 @@ _DEFAULTS = ExcpConfig()
 def compress(
     series: Series,
     output: Output,
-    profile: HowLossy = Profile.BALANCED,
+    profile: HowLossy = _DEFAULTS.profile,
     base_every: BaseEvery = _DEFAULTS.base_every,
     base_every_size: BaseEverySize = None,
     max_error: MaxError = None,
@@ -107,7 +97,7 @@ def compress(
 
         def config_of() -> ExcpConfig:
             return ExcpConfig(
-                profile=profile.value,
+                profile=profile,
                 base_every=base_every,
                 base_every_size=base_every_size,
                 max_error=max_error,
@@ -120,7 +110,7 @@ def compress(
         )
         options = ReadOptions(weights_only=weights_only, param_names=names, trust=trust)
         is_first = ranks.rank == 0
-        with progress("compressing") if is_first else nullcontext() as on_progress:
+        with progress("compressing", is_first) as on_progress:
             done = compress_series(
                 series, output, config, options=options, group=ranks, on_progress=on_progress
             )
@@ -145,10 +135,7 @@ def _check_there(series: list[Path]) -> None:
 
 
 def _read_names(path: Path) -> list[list[str]]:
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from error
+    found = read_json(path)
     groups = found if isinstance(found, list) else []
     if not groups or not all(
         isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import nullcontext
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from effx_dist.cli.places import Folder, folder_and_step
+from effx_dist.cli.places import Folder, folder_and_step, read_json
 from effx_dist.cli.ranks import Mpi, Torchrun, tool_ranks
 from effx_dist.cli.show import progress
 from effx_dist.errors import ConfigError
 
-
-class Target(StrEnum):
-    """What a checkpoint can be converted to."""
-
-    DCP = "dcp"
-    TORCH = "torch"
-    SAFETENSORS = "safetensors"
-    UNIVERSAL = "universal"
+Target = Literal["dcp", "torch", "safetensors", "universal"]
 
 
 def convert(
@@ -81,18 +71,15 @@ def convert(
         options = ConvertOptions(
             weights_only=weights_only, max_shard_size=max_shard_size, config=given
         )
-        write = partial(convert_checkpoint, place, target.value, output, step=step)
-        with progress("converting") if ranks.rank == 0 else nullcontext() as advance:
+        write = partial(convert_checkpoint, place, target, output, step=step)
+        with progress("converting", ranks.rank == 0) as advance:
             done = write(options=options, group=ranks, on_progress=advance)
     if ranks.rank == 0:
-        typer.echo(f"step {done} as {target.value}: {output}")
+        typer.echo(f"step {done} as {target}: {output}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: must hold one JSON object, as the config.json of a model does")
     return found

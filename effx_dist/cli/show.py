@@ -76,9 +76,9 @@ def bar(count: int, largest: int, width: int = 40) -> str:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show bytes done of bytes there are on stderr, if that is a terminal; None elsewhere."""
-    if not sys.stderr.isatty():
+def progress(label: str, is_first: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """Show bytes done of bytes there are on the first rank's stderr, if that is a terminal; None elsewhere."""
+    if not (is_first and sys.stderr.isatty()):
         yield None
         return
     from rich.console import Console

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -47,7 +46,7 @@ def verify(
         place, step = ranks.everywhere(lambda: folder_and_step(folder, step), keep_own_error=False)
         is_first = ranks.rank == 0
         jobs = jobs or (min(MAX_JOBS, os.cpu_count() or 1) if ranks.size == 1 else 1)
-        with progress("verifying") if is_first else nullcontext() as on_progress:
+        with progress("verifying", is_first) as on_progress:
             result = verify_folder(
                 place, step, jobs=jobs, decode=decode, ranks=ranks, on_progress=on_progress
             )

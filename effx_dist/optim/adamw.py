@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch.optim.optimizer import ParamsT
 
-from effx_dist.core.update_rules import AdamW, UpdateRule
+from effx_dist.core.update_rules import AdamW
 from effx_dist.optim.base import CautiousOptimizer, refuse_options
 from effx_dist.optim.kernels import Implementation
 from effx_dist.optim.param_layout import ShardMapSource
-
-_RULE = AdamW()
 
 
 class CautiousAdamW(CautiousOptimizer):
@@ -61,6 +56,8 @@ class CautiousAdamW(CautiousOptimizer):
         ConfigError: a setting is out of its range, or a parameter is not of a floating dtype.
     """
 
+    _update_rule = AdamW()
+
     def __init__(
         self,
         params: ParamsT,
@@ -90,6 +87,3 @@ class CautiousAdamW(CautiousOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         flags = (cautious_weight_decay, maximize, capturable)
         super().__init__(params, defaults, flags, implementation, shard_map)
-
-    def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
-        return _RULE

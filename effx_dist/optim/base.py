@@ -156,6 +156,7 @@ class CautiousOptimizer(MaskedOptimizer):
     are left as they are, scaled and unclipped.
     """
 
+    _update_rule: UpdateRule
     _step_supports_amp_scaling = True  # see torch.amp.GradScaler.step
 
     def __init__(
@@ -175,9 +176,9 @@ class CautiousOptimizer(MaskedOptimizer):
         self._clipping: tuple[torch.Tensor, float] | None = None
         super().__init__(params, defaults | dict(zip(FLAGS, flags, strict=True)))
 
-    @abstractmethod
     def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
-        """The update rule of a parameter group."""
+        """The update rule of a parameter group: that of the class, unless a subclass chooses by group."""
+        return self._update_rule
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, and checks settings and dtypes. No communication is performed."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch.optim.optimizer import ParamsT
 
-from effx_dist.core.update_rules import Lion, UpdateRule
+from effx_dist.core.update_rules import Lion
 from effx_dist.optim.base import CautiousOptimizer, refuse_options
 from effx_dist.optim.kernels import Implementation
 from effx_dist.optim.param_layout import ShardMapSource
-
-_RULE = Lion()
 
 
 class CautiousLion(CautiousOptimizer):
@@ -32,6 +27,8 @@ class CautiousLion(CautiousOptimizer):
     the moment and the parameter. Sharding, dtypes, communication, the arguments and the errors are
     those of :class:`~effx_dist.optim.adamw.CautiousAdamW`; there is no ``eps``.
     """
+
+    _update_rule = Lion()
 
     def __init__(
         self,
@@ -53,6 +50,3 @@ class CautiousLion(CautiousOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         flags = (cautious_weight_decay, maximize, capturable)
         super().__init__(params, defaults, flags, implementation, shard_map)
-
-    def _rule(self, group: Mapping[str, Any]) -> UpdateRule:
-        return _RULE

@@ -161,14 +161,15 @@ def _cautious_step(torch: Any) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            kernels = importlib.import_module("effx_dist.optim.kernels")
+            from effx_dist.optim.kernels import kernels_class
+
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            name = kernels.walks_class("auto", device).__name__
+            name = kernels_class("auto", device).__name__
         except Exception as error:  # a package that it needs is missing or broken
             return f"{type(error).__name__}: {error}"
     if caught:
         return str(caught[0].message)
-    return f"{device.type}: {name.removesuffix('Walks').lower()}"
+    return f"{device.type}: {name.removesuffix('Kernels').lower()}"
 
 
 def _blocked_by_lock(torch: Any) -> str:
@@ -177,9 +178,10 @@ def _blocked_by_lock(torch: Any) -> str:
     if torch is None:
         return ""
     try:
-        locks = importlib.import_module("effx_dist.engines.build_locks")
-        for lock in locks.locks():
-            if time.time() - lock.stat().st_mtime > locks.IDLE_S and locks.is_stale(lock):
+        from effx_dist.engines.build_locks import IDLE_S, is_stale, locks
+
+        for lock in locks():
+            if time.time() - lock.stat().st_mtime > IDLE_S and is_stale(lock):
                 return f"{lock} blocks its start: remove it, or let effx_dist.deepspeed do so"
     except Exception as error:  # nothing to find is no reason to fail
         return f"{type(error).__name__}: {error}"

@@ -36,19 +36,12 @@ from effx_dist.shard import Box
 MODEL_STATES = "_model_states.pt"
 _OPTIM_STATES = "_optim_states.pt"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "dp_world_size", "mp_world_size")
-_OWN_KEYS = frozenset(
-    {
-        *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
-        *("shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd"),
-        *(
-            "sparse_tensor_module_names",
-            "checkpoint_parallel_dimensions",
-            "ds_config",
-            "ds_version",
-        ),
-        *_COUNTERS,
-    }
-)
+_OWN_KEYS = {
+    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
+    *("shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd"),
+    *("sparse_tensor_module_names", "checkpoint_parallel_dimensions", "ds_config", "ds_version"),
+    *_COUNTERS,
+}
 _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Flats = Sequence[torch.Tensor]
 """Vectors that are one vector, one after another."""
