@@ -55,9 +55,7 @@ def _and_wait(start: Callable[P, PendingSave]) -> Callable[P, PendingSave]:
     def save(*args: P.args, **kwargs: P.kwargs) -> PendingSave:
         return start(*args, **kwargs).wait()
 
-    save.__doc__ = (
-        "As :meth:`async_save`, and waits for the commit. Raises what made the save fail."
-    )
+    save.__doc__ = "As :meth:`async_save`, and waits for the commit; raises what made it fail."
     return save
 
 
@@ -154,8 +152,7 @@ class Checkpointer:
         same step.
 
         Args:
-            step: optimizer steps taken; names the checkpoint. An existing committed step is
-                refused.
+            step: optimizer steps taken; names the checkpoint. A step committed already is refused.
             model: plain, DDP or FSDP2, or an engine's LiveState, optimizer included. Buffers are
                 saved too.
             optimizer: any torch optimizer; exp_avg and exp_avg_sq beside a weight are compressed
@@ -345,8 +342,7 @@ class Checkpointer:
         self._pending = None  # after Ctrl-C it is still there, for close()
 
     def _choose(self, step: int | None, tag: str | None) -> str:
-        """Name of the checkpoint's folder. Rank 0 looks, so that all ranks choose the same or raise
-        the same."""
+        """Name of the checkpoint's folder, as rank 0 sees it: all choose, or raise, the same."""
         if step is not None and tag is not None:
             raise ConfigError(
                 f"{step=}, {tag=}: two names for one checkpoint; leave one of them out"

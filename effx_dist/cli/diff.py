@@ -62,13 +62,10 @@ def _show(found: CheckpointDifference, top: int) -> None:
         show_table(columns, [_row(tensor) for tensor in shown])
     for path in found.values:
         show_line(f"not the same: {path}")
-    same = len(found.tensors) - len(found.changed)
-    rest = (
-        f", {len(found.changed) - len(shown)} not shown" if len(shown) < len(found.changed) else ""
-    )
-    typer.echo(
-        f"{plural(len(found.changed), 'tensor')} of {len(found.tensors)} differ{rest}; {same} the same"
-    )
+    num_tensors, num_changed = len(found.tensors), len(found.changed)
+    rest = f", {num_changed - len(shown)} not shown" if len(shown) < num_changed else ""
+    same = f"{num_tensors - num_changed} the same"
+    typer.echo(f"{plural(num_changed, 'tensor')} of {num_tensors} differ{rest}; {same}")
 
 
 def _row(tensor: TensorDifference) -> list[str]:

@@ -35,10 +35,8 @@ def compact(
     if done is None:
         typer.echo("nothing to do: it builds upon nothing below it")
         return
-    merged = (
-        f"{plural(done.num_links, 'link')} merged into a base of {bytes_text(done.stored_bytes)}"
-    )
-    typer.echo(f"step {done.step}: {merged}")
+    links, size = plural(done.num_links, "link"), bytes_text(done.stored_bytes)
+    typer.echo(f"step {done.step}: {links} merged into a base of {size}")
 
 
 def pin(folder: Folder, step: Step = None) -> None:

@@ -54,9 +54,8 @@ def roles(
     alone, not on which samples stand beside it.
     """
     role = np.full(len(scores), PLAIN, dtype=np.uint8)
-    low = np.flatnonzero(
-        scores < np.float64(threshold)
-    )  # a Python float would be rounded to float32
+    # float64, as a Python float would be rounded to float32
+    low = np.flatnonzero(scores < np.float64(threshold))
     is_dropped = uniform(key, low + first_id) < prune_ratio
     role[low] = np.where(is_dropped, np.uint8(DROPPED), np.uint8(RESCALED))
     return role

@@ -51,9 +51,8 @@ class _Network:
 
     def _run(self, values: _Bits, rounds: Iterable[int]) -> _Bits:
         low, high = values & self.low_mask, values >> self.low_bits
-        for (
-            number
-        ) in rounds:  # a round is its own inverse: it XORs one half with a hash of the other
+        # a round is its own inverse: it XORs one half with a hash of the other
+        for number in rounds:
             if number % 2:
                 low ^= _hashed(high, self.round_keys[number], self.low_bits)
             else:

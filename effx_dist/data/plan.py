@@ -1,7 +1,7 @@
 """One epoch's plan: from each owner's kept samples to each rank's sample ids and weights.
 
 The samples kept, in the order of their ids over all ranks, have places 0, 1, ...; a keyed permutation gives each place
-its slot in the epoch, and a slot belongs to a rank (see `layout.Batches`). Owners send every sample straight to the
+its slot in the epoch, and a slot belongs to a rank (see `slots.Batches`). Owners send every sample straight to the
 rank of its slot. Time and memory per rank are O(num_samples / ranks), and nothing depends on the number of ranks.
 """
 

@@ -46,12 +46,10 @@ class LossRecorder:
         self._ids = torch.from_numpy(local_ids)
         self._weights = torch.from_numpy(local_weights)
         self._tables: dict[torch.device, _Table] = {}
-        self._losses: torch.Tensor | None = (
-            None  # [num_local + 1], NaN = not yet; the last is a bin
-        )
-        self._device_weights: torch.Tensor | None = (
-            None  # likewise one longer, on the losses' device
-        )
+        # [num_local + 1]: NaN where no loss has come yet; the last place is a bin
+        self._losses: torch.Tensor | None = None
+        # one longer as well, on the losses' device
+        self._device_weights: torch.Tensor | None = None
         self._unknown: torch.Tensor | None = None  # smallest and largest id that was not planned
 
     def weigh(self, losses: torch.Tensor, ids: torch.Tensor, consumed: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from effx_dist.shard import LocalRows
 
 VERSION = 1
 _ROWS = ("scores", "fresh_losses")
-_COUNTS = ("epoch", "position", "samples_saved", "num_nonfinite", "finished_epochs", "num_samples")
 _SPAN = ("num_kept", "num_slots", "end_slot", "global_batch_size")
 
 
@@ -28,6 +27,9 @@ class Counters:
     samples_saved: int = 0
     num_nonfinite: int = 0
     finished_epochs: int = 0
+
+
+_COUNTS = ("epoch", "position", *(field.name for field in fields(Counters)), "num_samples")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class SamplerState:
     def to_dict(self, ranks: Ranks) -> dict[str, Any]:
         """JSON values, and this rank's scores as rows of the whole. Copies; no communication is performed."""
         span = self.span
+        of_span = (span.num_kept, span.num_slots, span.end, span.global_batch) if span else [0] * 4
         return {
             "version": VERSION,
             "num_samples": ranks.owners.num_samples,
@@ -54,13 +57,8 @@ class SamplerState:
             "epoch": self.epoch,
             "position": self.position,
             "pruned": self.pruned,
-            "num_kept": span.num_kept if span else 0,
-            "num_slots": span.num_slots if span else 0,
-            "end_slot": span.end if span else 0,
-            "global_batch_size": span.global_batch if span else 0,
-            "samples_saved": self.counters.samples_saved,
-            "num_nonfinite": self.counters.num_nonfinite,
-            "finished_epochs": self.counters.finished_epochs,
+            **dict(zip(_SPAN, of_span, strict=True)),
+            **asdict(self.counters),
             "scores": _rows(self.book.scores, ranks),
             "fresh_losses": _rows(self.book.fresh, ranks),
         }
@@ -81,8 +79,7 @@ class SamplerState:
         _check(states, ranks.owners.num_samples, config)
         book = ScoreBook(_owned(states, "scores", ranks))
         book.fresh = _owned(states, "fresh_losses", ranks)
-        names = ("samples_saved", "num_nonfinite", "finished_epochs")
-        counters = Counters(*(int(state[name]) for name in names))
+        counters = Counters(*(int(state[field.name]) for field in fields(Counters)))
         kept, slots, end, global_batch = (int(state[name]) for name in _SPAN)
         span = Span(kept, slots, 0, end, global_batch) if global_batch else None
         epoch, position = int(state["epoch"]), int(state["position"])

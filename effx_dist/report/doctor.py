@@ -90,9 +90,7 @@ def _import_torch() -> tuple[Any, str]:
 
 
 def _num_cores() -> int:
-    if hasattr(
-        os, "sched_getaffinity"
-    ):  # what this process may use, which a container may have narrowed
+    if hasattr(os, "sched_getaffinity"):  # a container may have narrowed what this process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

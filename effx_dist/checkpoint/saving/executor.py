@@ -132,9 +132,8 @@ class ProcessExecutor(SaveExecutor):
         self._rendezvous = rendezvous
         self._loaded: Loaded | None = None  # what a new child has to be told
         self._is_abandoned = False
-        self._replacing = (
-            threading.Lock()
-        )  # no child may be started after the last one was abandoned
+        # no child may be started after the last one was abandoned
+        self._replacing = threading.Lock()
         self._start_process()
         self._worker = Worker("effx-save")
 
@@ -287,20 +286,15 @@ def serve(connection: Connection) -> None:
         except Exception as error:
             answer = (None, _portable(error), "".join(traceback.format_exception(error)))
         connection.send(answer)
-        del (
-            request,
-            packed,
-            arguments,
-            answer,
-        )  # the parent's tensors and files go when a save is done
+        # the parent's tensors and files go when a save is done
+        del request, packed, arguments, answer
     saver.close()
 
 
 def _portable(error: Exception) -> Exception:
     """The error as the parent can unpickle it."""
-    return (
-        error if isinstance(error, EffxError) else RuntimeError(f"{type(error).__name__}: {error}")
-    )
+    is_own = isinstance(error, EffxError)
+    return error if is_own else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def end_with(parent: int) -> None:

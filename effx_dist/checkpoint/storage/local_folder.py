@@ -134,9 +134,8 @@ class LocalFolder(Location):
         try:
             to.parent.sync()
         except BaseException:
-            to.path.rename(
-                self.path
-            )  # a checkpoint whose name may not survive a crash must not be visible
+            # a checkpoint whose name may not survive a crash must not be visible
+            to.path.rename(self.path)
             raise
 
     def make(self) -> None:

@@ -95,6 +95,7 @@ def checked_rank_file_name(name: str, where: str) -> str:
 
 
 def is_own_file(name: str) -> bool:
+    """Whether a save here writes files of this name into a step's folder, whole or half written."""
     is_whole = name in _OWN_FILES or _RANK_FILE.fullmatch(name) is not None
     return is_whole or name.endswith(STAGED)
 

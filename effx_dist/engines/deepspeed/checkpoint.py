@@ -32,6 +32,7 @@ from effx_dist.checkpoint.storage.steps import (
     step_of,
 )
 from effx_dist.checkpoint.storage.tags import checked_tag, folder_of_tag, is_tag_name, point_to
+from effx_dist.checkpoint.tools.compress.deepspeed import SCALER_KEYS
 from effx_dist.checkpoint.tools.convert.universal import ENGINE
 from effx_dist.config import ExcpConfig
 from effx_dist.data import ProgressLR
@@ -350,9 +351,6 @@ def _client_state(checkpoints: Checkpointer, with_counters: bool = False) -> dic
     extra = dict(checkpoints.last_load.extra)
     counters = extra.pop(ENGINE, {})
     return {**counters, **extra} if with_counters else extra
-
-
-SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class LossScaler:

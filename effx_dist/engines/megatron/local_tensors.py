@@ -106,10 +106,9 @@ def unwrapped(model_chunk: Any) -> Any:
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
     """The Megatron optimizers behind a ChainedOptimizer that hold parameters on this rank."""
-    chained = (
-        optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    )
-    return [found for found in chained if not getattr(found, "is_stub_optimizer", False)]
+    is_chain = isinstance(optimizer, ChainedOptimizer)
+    found_in = optimizer.chained_optimizers if is_chain else [optimizer]
+    return [found for found in found_in if not getattr(found, "is_stub_optimizer", False)]
 
 
 def check_local(optimizers: Sequence[Any], local_tensors: Sequence[LocalTensor]) -> None:

@@ -193,9 +193,8 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
             keys += _asked.get(self._checkpoints) or [key for key in saved if key not in keys]
         found = {key: _outline(key, (), torch.float32) for key in keys}
         for name, record in manifest.tensors.items():
-            if (
-                key := name.removeprefix(f"{MODEL}.")
-            ) in found:  # not stacked with those of other layers
+            key = name.removeprefix(f"{MODEL}.")
+            if key in found:  # not stacked with those of other layers
                 found[name] = _outline(key, tuple(record.shape), record.torch_dtype)
         return found
 

@@ -42,7 +42,7 @@ _OWN_KEYS = {
     *("sparse_tensor_module_names", "checkpoint_parallel_dimensions", "ds_config", "ds_version"),
     *_COUNTERS,
 }
-_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Flats = Sequence[torch.Tensor]
 """Vectors that are one vector, one after another."""
 
@@ -108,7 +108,7 @@ def _numbers(name: str) -> list[str]:
 def _loss_scaler(scaler: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A dynamic loss scale under the name that a DeepSpeed run's checkpoints have here."""
     is_dynamic = scaler.get("dynamic", scaler.get("dynamic_loss_scale", False))
-    found = {key: scaler[key] for key in _SCALER_KEYS if key in scaler}
+    found = {key: scaler[key] for key in SCALER_KEYS if key in scaler}
     return {"loss_scaler": found} if is_dynamic else {}
 
 
