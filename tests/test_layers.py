@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -205,6 +206,34 @@ def test_the_floors_of_checkpoint_import_downwards() -> None:
         or (name.startswith("effx_dist.checkpoint.") and other is None)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+# docs/glossary.md has other words for these. LocalRows is public, and there a word of its own.
+UNUSED_WORDS = {"segment", "region", "part", "portion", "walk", "row", "member"}
+ALLOWED_NAMES = {"LocalRows"}
+
+
+def words_of(name: str) -> set[str]:
+    """The words of a class's or module's name, in the singular: LocalRows is of local and row."""
+    words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)
+    return {word.lower().removesuffix("s") for word in words}
+
+
+def test_names_are_made_of_the_words_of_the_glossary() -> None:
+    classes = {
+        node.name: shown(path)
+        for path in PACKAGE
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.ClassDef) and node.name not in ALLOWED_NAMES
+    }
+    names = classes | {path.stem: shown(path) for path in PACKAGE}
+    assert len(names) > 300
+    wrong = {name: where for name, where in names.items() if words_of(name) & UNUSED_WORDS}
+    assert not wrong, f"see the last table of docs/glossary.md: {wrong}"
+    assert words_of("LocalRows") & words_of("_TwoRowWalks") == {"row"}
+    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    unused = glossary.rpartition("| not used here |")[2]
+    assert all(word in unused for word in UNUSED_WORDS), "the page and this test say the same"
 
 
 def test_no_module_imports_itself_by_others() -> None:

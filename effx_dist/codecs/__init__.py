@@ -3,10 +3,10 @@
 from effx_dist.codecs.planes import BytePlanes
 from effx_dist.codecs.symbols import (
     SparseSymbols,
-    SymbolParts,
+    SymbolStreams,
     pack,
     pack_inside,
     unpack,
     unpack_inside,
-    unpack_parts,
+    unpack_streams,
 )

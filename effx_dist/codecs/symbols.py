@@ -27,8 +27,8 @@ _DEFAULT_LEVEL = 1
 
 
 @dataclass(frozen=True, eq=False)
-class SymbolParts:
-    """A payload of pack, entropy decoded and checked: its parts fit each other."""
+class SymbolStreams:
+    """A payload of pack, entropy decoded and checked: its streams fit each other."""
 
     mask: U8 | None
     """Packed bits of the symbols that are not 0; None where none is 0."""
@@ -64,21 +64,21 @@ def unpack(data: bytes, num_values: int, num_symbols: int | None = None) -> U8:
 
     Raises ValueError for any other bytes; allocates a small multiple of num_values at most.
     """
-    out = _join(unpack_parts(data, num_values), num_values)
+    out = _join(unpack_streams(data, num_values), num_values)
     if num_symbols is not None and out.size and int(out.max()) >= num_symbols:
         raise ValueError(f"symbol {int(out.max())}: must be < {num_symbols=}")
     return out
 
 
-def unpack_parts(data: bytes, num_values: int) -> SymbolParts | None:
-    """What unpack reads before it joins the parts; None where all symbols are 0."""
+def unpack_streams(data: bytes, num_values: int) -> SymbolStreams | None:
+    """What unpack reads before it joins the streams; None where all symbols are 0."""
     reader = Reader(data)
-    parts = _read(reader, num_values)
+    streams = _read(reader, num_values)
     reader.finish()
-    return parts
+    return streams
 
 
-def _read(reader: Reader, num_values: int) -> SymbolParts | None:
+def _read(reader: Reader, num_values: int) -> SymbolStreams | None:
     layout = reader.byte()
     if layout == _ALL_ZERO:
         return None
@@ -98,21 +98,21 @@ def _count_bits(mask: U8) -> int:
     return int(np.unpackbits(mask).sum(dtype=np.int64))
 
 
-def _join(parts: SymbolParts | None, num_symbols: int) -> U8:
-    """All symbols from a payload's parts."""
-    if parts is None:
+def _join(streams: SymbolStreams | None, num_symbols: int) -> U8:
+    """All symbols from a payload's streams."""
+    if streams is None:
         return np.zeros(num_symbols, dtype=np.uint8)
     if (compiled := native.kernels()) is not None:
         return compiled.join_symbols(
-            num_symbols, parts.mask, parts.pairs, parts.num_values, parts.large
+            num_symbols, streams.mask, streams.pairs, streams.num_values, streams.large
         )
-    values = _nibbles(parts.pairs)[: parts.num_values] + np.uint8(1)
-    if parts.large.size:
-        values[values > _LARGE] = parts.large
-    if parts.mask is None:
+    values = _nibbles(streams.pairs)[: streams.num_values] + np.uint8(1)
+    if streams.large.size:
+        values[values > _LARGE] = streams.large
+    if streams.mask is None:
         return values
     out = np.zeros(num_symbols, dtype=np.uint8)
-    bits = np.unpackbits(parts.mask, bitorder="little", count=num_symbols)
+    bits = np.unpackbits(streams.mask, bitorder="little", count=num_symbols)
     out[np.flatnonzero(bits)] = values
     return out
 
@@ -141,7 +141,7 @@ def _nibbles(pairs: U8) -> U8:
     return nibbles
 
 
-def _read_values(reader: Reader, mask: U8 | None, num_values: int) -> SymbolParts:
+def _read_values(reader: Reader, mask: U8 | None, num_values: int) -> SymbolStreams:
     """Undoes _pack_values."""
     pairs = decode_stream(reader, (num_values + 1) // 2)
     if num_values % 2 and pairs[-1] >> 4:
@@ -155,7 +155,7 @@ def _read_values(reader: Reader, mask: U8 | None, num_values: int) -> SymbolPart
         if int(large.min()) <= _LARGE:
             found = f"{int(large.min())} among the large symbols"
             raise ValueError(f"values: {found}, must be > {_LARGE}")
-    return SymbolParts(mask, num_values, pairs, large)
+    return SymbolStreams(mask, num_values, pairs, large)
 
 
 def _count_large(pairs: U8, num_values: int) -> int:

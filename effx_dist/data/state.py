@@ -99,8 +99,8 @@ def _owned(states: Sequence[Mapping[str, Any]], name: str, ranks: Ranks) -> npt.
         rows: LocalRows = state[name]
         low, high = max(start, rows.start), min(stop, rows.start + len(rows.local))
         if low < high:
-            part = rows.local[low - rows.start : high - rows.start]
-            values[low - start : high - start] = part.detach().cpu().numpy()
+            found = rows.local[low - rows.start : high - rows.start]
+            values[low - start : high - start] = found.detach().cpu().numpy()
             is_filled[low - start : high - start] = True
     if not is_filled.all():
         missing = start + int(np.argmin(is_filled))

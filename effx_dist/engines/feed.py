@@ -1,4 +1,4 @@
-"""The part of an engine's handle that deals with samples: one sampler, and losses that it weighs."""
+"""What an engine's handle does with samples: one sampler, and losses that it weighs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """FSDP1 (``torch.distributed.fsdp.FullyShardedDataParallel``): which elements of which parameters its
 flat tensors hold.
 
-FSDP1 lays the parameters of a unit one behind the other and cuts the row into equal parts, without
-regard to where a parameter begins. An optimizer gets the part (``use_orig_params=False``) or a 1-D
-view of it per parameter (``use_orig_params=True``), and neither tells what it is a part of.
+FSDP1 lays the parameters of a unit one behind the other and cuts the row into ranges of equal length,
+without regard to where a parameter begins. An optimizer gets the range (``use_orig_params=False``) or
+a 1-D view of it per parameter (``use_orig_params=True``), and neither tells what it is a piece of.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def shard_map(model: nn.Module) -> Callable[[Sequence[torch.Tensor]], ShardMap]:
     The returned function takes any of the parameters in any order, the same on every rank, and is
     called while they are sharded, as they are between a backward pass and the next forward. It raises
     LayoutMismatchError, naming the parameter, where FSDP holds it whole at the time, where a unit
-    outside of ``model`` holds it, or where it is a tensor-parallel part, of which FSDP does not tell
+    outside of ``model`` holds it, or where it is a tensor-parallel piece, of which FSDP does not tell
     the whole. No communication is performed.
     """
 
@@ -126,7 +126,7 @@ def _check_is_sharded(held: list[Held], numel: int, sharded_numel: int) -> None:
 
 def _outside(name: str, param: torch.Tensor) -> list[Held]:
     if hasattr(param, "_fsdp_flattened"):
-        flattens = ", ".join(getattr(param, "_fqns", ())) or "part of a parameter"
+        flattens = ", ".join(getattr(param, "_fqns", ())) or "a piece of a parameter"
         raise LayoutMismatchError(
             f"{name} ({flattens}): a FullyShardedDataParallel unit holds it that is not in the model "
             "of this shard map; call fsdp1.shard_map with the model whose parameters are optimized"

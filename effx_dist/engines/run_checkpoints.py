@@ -1,4 +1,4 @@
-"""The part of an engine's handle that deals with checkpoints: the live state, and what travels with it."""
+"""What an engine's handle does with checkpoints: the live state, and what travels with it."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _refuse_strangers(
             if not isinstance(param, DTensor) and (known is None or known() is not param):
                 raise LayoutMismatchError(
                     f"parameter {index} of group {number}, of shape {tuple(param.shape)}, is none that "
-                    "this optimizer was given: an engine has put it in their place, and which parts of "
+                    "this optimizer was given: an engine has put it in their place, and which elements of "
                     "which parameters it holds cannot be told; under DeepSpeed use "
                     "effx_dist.deepspeed.initialize, elsewhere set opt.shard_map (for whole tensors to a "
                     "function that returns ShardMap.of_tensors of them)"

@@ -274,7 +274,7 @@ def _refuse_hidden_cut(name: str, param: torch.Tensor) -> None:
     for mark, (engine, remedy) in _HIDDEN_CUTS.items():
         if hasattr(param, mark):
             raise LayoutMismatchError(
-                f"{name}: {engine} holds an unnamed part of it on this rank, so that the mean over "
+                f"{name}: {engine} holds an unnamed piece of it on this rank, so that the mean over "
                 f"the whole cannot be told; {remedy}"
             )
 

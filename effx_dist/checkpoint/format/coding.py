@@ -16,12 +16,12 @@ import torch
 
 from effx_dist.codecs import (
     BytePlanes,
-    SymbolParts,
+    SymbolStreams,
     pack,
     pack_inside,
     unpack,
     unpack_inside,
-    unpack_parts,
+    unpack_streams,
 )
 from effx_dist.core.excp import (
     JointArrays,
@@ -51,7 +51,7 @@ _COMPILED_TYPES = {
 _LOOK = 2**14
 """Elements that are looked at before the next ones, where the answer may be found early."""
 _LARGEST_NIBBLE_SYMBOL = 15
-_NO_SYMBOLS = SymbolParts(None, 0, np.empty(0, np.uint8), np.empty(0, np.uint8))
+_NO_SYMBOLS = SymbolStreams(None, 0, np.empty(0, np.uint8), np.empty(0, np.uint8))
 
 
 def to_bits(values: torch.Tensor) -> Bits:
@@ -235,21 +235,21 @@ def add_residual_(values: torch.Tensor, payload: bytes, quantiser: JointQuantise
         values.copy_(add_residual(values, decode_residual(payload, values.numel(), quantiser)))
         return
     packed, escapes = _weight_streams(payload)
-    parts = unpack_parts(packed, values.numel()) or _NO_SYMBOLS
+    streams = unpack_streams(packed, values.numel()) or _NO_SYMBOLS
     # Any nibble is a symbol of the table: only the large ones can be wrong, or escapes.
-    if int(parts.large.max(initial=0)) >= quantiser.num_w_symbols:
-        raise ValueError(f"symbol {parts.large.max()}: must be < {quantiser.num_w_symbols}")
-    num_escapes = 0 if escape is None else int(np.count_nonzero(parts.large == escape))
+    if int(streams.large.max(initial=0)) >= quantiser.num_w_symbols:
+        raise ValueError(f"symbol {streams.large.max()}: must be < {quantiser.num_w_symbols}")
+    num_escapes = 0 if escape is None else int(np.count_nonzero(streams.large == escape))
     if num_escapes != escapes.size:
         raise ValueError(f"escapes: {escapes.size} values for {num_escapes} escape symbols")
-    mask = parts.mask
+    mask = streams.mask
     if mask is None:
-        mask = np.full((values.numel() + 7) // 8, 0xFF if parts.num_values else 0, dtype=np.uint8)
+        mask = np.full((values.numel() + 7) // 8, 0xFF if streams.num_values else 0, dtype=np.uint8)
     table = np.zeros(256, dtype=np.float32)
     table[: quantiser.num_w_symbols] = quantiser.w_table()
     compiled.add_symbols(
         (values.data_ptr(), kind, values.numel()),
-        *(mask, parts.pairs, parts.num_values, parts.large, table),
+        *(mask, streams.pairs, streams.num_values, streams.large, table),
         *(-1 if escape is None else escape, escapes),
     )
 

@@ -231,7 +231,7 @@ class Manifest(_Record):
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
-    """One JSON document whose third member is the xxh3-128 of the document with that member
+    """One JSON document whose third entry is the xxh3-128 of the document with that entry
     zeroed."""
     body = manifest.model_dump(mode="json", exclude_defaults=True)
     # the kinds of coding are defaults, and needed to tell the codings apart
@@ -261,8 +261,8 @@ def manifest_from_bytes(content: bytes, path: object) -> Manifest:
         )
     try:
         document = json.loads(content, object_pairs_hook=_without_duplicates)
-        for member in ("format", "version", "xxh3_128"):
-            del document[member]
+        for key in ("format", "version", "xxh3_128"):
+            del document[key]
         return Manifest.model_validate(document)
     except ValidationError as error:
         problems = error.errors(include_input=False, include_url=False, include_context=False)
@@ -276,7 +276,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; raises ValueError for one that says something twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("an object has two members of one name")
+        raise ValueError("an object has two entries of one name")
     return found
 
 

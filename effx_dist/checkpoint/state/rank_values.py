@@ -154,11 +154,11 @@ def agreed(
     return found, known
 
 
-_GROUPS, _MEMBERS = "param_groups", "group_parameters"
+_GROUPS, _NAMES = "param_groups", "group_parameters"
 
 
 def _without_groups(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in (_GROUPS, _MEMBERS)}
+    return {key: value for key, value in values.items() if key not in (_GROUPS, _NAMES)}
 
 
 def _digests(state: Mapping[str, Fragment]) -> dict[str, str]:
@@ -211,15 +211,13 @@ class _Merge:
                 self.tree(f"{_GROUPS}.{i}", [(r, g[i]) for r, g in told if len(g) > i])
                 for i in range(len(longest))
             ]
-        members = [v[_MEMBERS] for v in by_rank if v.get(_MEMBERS) is not None]
-        if members:
-            found[_MEMBERS] = [
+        names = [v[_NAMES] for v in by_rank if v.get(_NAMES) is not None]
+        if names:
+            found[_NAMES] = [
                 list(
-                    dict.fromkeys(
-                        name for groups in members if len(groups) > i for name in groups[i]
-                    )
+                    dict.fromkeys(name for groups in names if len(groups) > i for name in groups[i])
                 )
-                for i in range(max(map(len, members)))
+                for i in range(max(map(len, names)))
             ]
         return found
 
@@ -227,7 +225,7 @@ class _Merge:
         columns: dict[str, list[tuple[int, Any]]] = {}
         keys: dict[str, Any] = {}
         for rank, tree in trees:
-            for key, text, value in _members(tree):
+            for key, text, value in _entries(tree):
                 columns.setdefault(text, []).append((rank, value))
                 keys.setdefault(text, key)
         below = f"{path}." if path else ""
@@ -244,8 +242,8 @@ def _is_open(tree: Any) -> bool:
     return not (len(tree) == 1 and next(iter(tree)) in TAGS - {"$items", PER_RANK})
 
 
-def _members(tree: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
-    """Key as JSON, its text, and value of each member."""
+def _entries(tree: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Key as JSON, its text, and value of each entry."""
     if tree.keys() == {"$items"}:
         for key, value in tree["$items"]:
             yield key, key if isinstance(key, str) else _text(key), value

@@ -73,11 +73,13 @@ class ZeroState(LiveState):
         self._engine.module.load_state_dict(dict(values), strict=False)
 
     def optimizer_state(self) -> OptimizerState:
-        members: list[list[str]] = [[] for _ in self._base.param_groups]
+        names_by_group: list[list[str]] = [[] for _ in self._base.param_groups]
         for partition in self._partitions:
             names = [plain_name(whole.name) for whole in partition.wholes]
-            members[partition.group_index] += names
-        return OptimizerState(self._by_name(), members, group_options(self._base.param_groups))
+            names_by_group[partition.group_index] += names
+        return OptimizerState(
+            self._by_name(), names_by_group, group_options(self._base.param_groups)
+        )
 
     def made_optimizer_state(self) -> tuple[StateByName, bool]:
         fresh = [partition for partition in self._partitions if not self._state_of(partition)]
@@ -146,7 +148,7 @@ class ZeroState(LiveState):
 
 
 def _as_it_is(name: str, parameter: torch.Tensor) -> torch.Tensor | Fragment:
-    """A parameter that no optimizer steps: whole on this rank, or its part of it (stage 3)."""
+    """A parameter that no optimizer steps: whole on this rank, or its pieces of it (stage 3)."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter
     whole, pieces = partition_of_param(parameter, name)

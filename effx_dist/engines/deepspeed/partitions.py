@@ -1,7 +1,7 @@
 """DeepSpeed: which elements of which parameters lie where in the tensors that its optimizers step.
 
 ZeRO lays the parameters of a group one behind the other and cuts the row (stages 1 and 2), or cuts every
-parameter and lays the parts of a sub-group one behind the other (stage 3). Either way the base
+parameter and lays the pieces of a sub-group one behind the other (stage 3). Either way the base
 optimizer gets flat tensors without names, with padding in them.
 """
 
@@ -146,7 +146,7 @@ def _of_cut_rows(
     name_of: _Names,
 ) -> Iterator[Partition]:
     """Stages 1 and 2, and BF16_Optimizer: rows of parameters, each ``offsets`` into its row, that are cut
-    into one part per rank.
+    into one range per rank.
     """
     rows = zip(flats, groups, offsets, zero.real_dp_process_group, strict=True)
     for index, (flat, params, starts, process_group) in enumerate(rows):
@@ -163,7 +163,7 @@ def _of_cut_rows(
 
 
 def _of_sub_groups(zero: Any, name_of: _Names) -> Iterator[Partition]:
-    """Stage 3: each rank has an equal part of every parameter, the last ones with padding at their end."""
+    """Stage 3: each rank has an equal range of every parameter, the last ones with padding at their end."""
     rows = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
     for sub_group, (flat, params) in enumerate(rows):
         held: list[Held] = []
@@ -175,14 +175,14 @@ def _of_sub_groups(zero: Any, name_of: _Names) -> Iterator[Partition]:
 
 
 def partition_of_param(param: Any, name: str, local_start: int = 0) -> Held:
-    """A parameter that stage 3 has cut, and the pieces of this rank's part of it, which lies from
+    """A parameter that stage 3 has cut, and this rank's pieces of it, which lie from
     ``local_start`` on in some tensor. No communication is performed.
     """
     process_group = param.ds_process_group
     whole = WholeTensor(name, tuple(param.ds_shape), _spread_over(process_group))
-    part = param.partition_numel()
-    start = min(part * dist.get_rank(process_group), whole.numel)
-    stop = min(start + part, whole.numel)
+    length = param.partition_numel()
+    start = min(length * dist.get_rank(process_group), whole.numel)
+    stop = min(start + length, whole.numel)
     return whole, pieces_of_flat_range(whole, start, stop, local_start)
 
 

@@ -34,7 +34,7 @@ def attach(
     Args:
         optimizer: what get_megatron_optimizer has made; None where nothing is trained: weights can be
             loaded then.
-        model_chunks: the list that it was made with, or its only member; DistributedDataParallel or
+        model_chunks: the list that it was made with, or the only one in it; DistributedDataParallel or
             Float16Module around them or not.
         cfg: the sections; "cautious" changes the inner optimizers in place. None: nothing is changed.
         vocab_size: rows of the vocabulary that are no padding; kept in checkpoints, for conversion.

@@ -56,24 +56,24 @@ class MegatronState(LiveState):
 
     @property
     def refitted(self) -> frozenset[str]:
-        shapes = ((member.name, member.facts.shape) for member in self._layout.known_tensors)
+        shapes = ((known.name, known.facts.shape) for known in self._layout.known_tensors)
         return frozenset(name for name, own in shapes if self._shape(name, own) != own)
 
     def model_state(self) -> dict[str, Any]:
         found: dict[str, Any] = {
-            member.name: Fragment(
-                self._shape(member.name, member.facts.shape),
-                self._dtype(member.name, member.facts.dtype),
+            known.name: Fragment(
+                self._shape(known.name, known.facts.shape),
+                self._dtype(known.name, known.facts.dtype),
                 [],
             )
-            for member in self._layout.known_tensors
+            for known in self._layout.known_tensors
         }
         for local in self._layout.local_tensors:
-            known = self._layout.by_param.get(id(local.tensor))
-            if known is None:
+            stepped = self._layout.by_param.get(id(local.tensor))
+            if stepped is None:
                 found[local.name] = self._as_it_is(local)
-            elif known[1].main is not None:
-                found[local.name] = self._fragment(known[1], known[1].main)
+            elif stepped[1].main is not None:
+                found[local.name] = self._fragment(stepped[1], stepped[1].main)
         return found
 
     def tied_names(self) -> dict[str, str]:
@@ -99,9 +99,9 @@ class MegatronState(LiveState):
         state = self._by_name()
         told = self._layout.group.all_gather_object(_dtypes(state))
         dtypes = {key: dtype for row in told for key, dtype in row.items()}
-        for member in self._layout.known_tensors:
-            if member.group_index >= 0 and member.name not in state:
-                state[member.name] = self._nothing_of(member.name, member.facts.shape, dtypes)
+        for known in self._layout.known_tensors:
+            if known.group_index >= 0 and known.name not in state:
+                state[known.name] = self._nothing_of(known.name, known.facts.shape, dtypes)
         return state, not used
 
     def take_optimizer_state(self, state: StateByName) -> None:
@@ -197,7 +197,7 @@ class MegatronState(LiveState):
     @property
     def _rounds(self) -> bool:
         """Whether nothing is trained, on any rank: then there are no master weights to fill."""
-        return not any(member.group_index >= 0 for member in self._layout.known_tensors)
+        return not any(known.group_index >= 0 for known in self._layout.known_tensors)
 
     def _fragment(self, param: MainParam, local: torch.Tensor) -> Fragment:
         held = [(piece.box, piece.view(local.detach())) for piece in param.pieces]

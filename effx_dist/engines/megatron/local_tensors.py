@@ -63,7 +63,7 @@ class LocalTensor:
 
     @property
     def is_cut(self) -> bool:
-        """Whether tensor-parallel ranks hold different parts of it."""
+        """Whether tensor-parallel ranks hold different boxes of it."""
         return self.tensor.numel() < whole_box(self.shape).numel
 
 
@@ -90,11 +90,9 @@ class MainParam:
 def find_local_tensors(model_chunks: Sequence[Any]) -> list[LocalTensor]:
     """Parameters and buffers of the model chunks on this rank. No communication is performed.
 
-    Raises LayoutMismatchError for a tensor whose parts are not contiguous here.
+    Raises LayoutMismatchError for a tensor whose boxes are not contiguous here.
     """
-    return [
-        local_tensors for chunk in model_chunks for local_tensors in _of_module(unwrapped(chunk))
-    ]
+    return [local for chunk in model_chunks for local in _of_module(unwrapped(chunk))]
 
 
 def unwrapped(model_chunk: Any) -> Any:
@@ -184,7 +182,7 @@ def _local_tensor(local_name: str, entry: Any) -> LocalTensor:
     is_whole = sum(box.numel for box, _ in boxes) == tensor.numel()
     if len(names) != 1 or len(shapes) != 1 or not is_whole or not _all_contiguous(shards, tensor):
         raise LayoutMismatchError(
-            f"{local_name}: Megatron's sharded_state_dict cuts it into {len(shards)} parts of "
+            f"{local_name}: Megatron's sharded_state_dict cuts it into {len(shards)} boxes of "
             f"{sorted(names)} that are no contiguous ranges of one tensor; such layers are not supported"
         )
     replica = shards[0].replica_id

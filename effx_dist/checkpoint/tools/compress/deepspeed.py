@@ -212,11 +212,11 @@ class _Zero:
                 f"{self._path}: its optimizer states do not say which parameter group a flat vector is of, "
                 "as elastic checkpoints do not; compress the weights alone (--weights-only)"
             )
-        members = [
+        by_group = [
             [plain_name(name) for number in group["params"] for name in self._shapes[number]]
             for group in groups
         ]
-        return PlainOptimizer(by_name, members, group_options(groups))
+        return PlainOptimizer(by_name, by_group, group_options(groups))
 
     def _states_of(self, base: Any) -> list[dict[str, Any]]:
         """The states of a rank's flat vectors, in their order."""

@@ -82,10 +82,10 @@ def optimizer_of(
             "optimizers give it; compress the weights alone (--weights-only)"
         )
     groups, state = list(state_dict["param_groups"]), state_dict["state"]
-    members = names_of_groups(groups, state, content.model, names, where)
+    by_group = names_of_groups(groups, state, content.model, names, where)
     name_of = {
         number: _own_name(name, content.model)
-        for group, of_group in zip(groups, members, strict=True)
+        for group, of_group in zip(groups, by_group, strict=True)
         for number, name in zip(group["params"], of_group, strict=True)
     }
     lost = [str(number) for number in state if number not in name_of]
@@ -94,7 +94,7 @@ def optimizer_of(
             f"{where}: the optimizer has a state of {lost[:8]}, in none of its groups"
         )
     by_name = {name_of[number]: dict(entries) for number, entries in state.items()}
-    plain = [[_own_name(name, content.model) for name in group] for group in members]
+    plain = [[_own_name(name, content.model) for name in group] for group in by_group]
     return PlainOptimizer(by_name, plain, group_options(groups))
 
 

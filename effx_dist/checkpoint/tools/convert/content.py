@@ -102,15 +102,15 @@ class Content:
         Raises ConfigError where the checkpoint does not say which parameters these are.
         """
         options = self.tree(self.values.param_groups or [], "param_groups")
-        members: list[list[str]] | None = getattr(self.values, "group_parameters", None)
-        if members is None or len(members) != len(options):
+        by_group: list[list[str]] | None = getattr(self.values, "group_parameters", None)
+        if by_group is None or len(by_group) != len(options):
             raise ConfigError(
                 f"{self.chain.top.folder}: does not say which parameters its {len(options)} parameter "
                 "group(s) hold, and in which order, as checkpoints from before effx-dist kept "
                 "that do not; convert the weights alone (--weights-only)"
             )
         return [
-            {**group, "params": list(names)} for group, names in zip(options, members, strict=True)
+            {**group, "params": list(names)} for group, names in zip(options, by_group, strict=True)
         ]
 
     def record(self, stored: str) -> TensorRecord:
