@@ -259,6 +259,19 @@ def test_a_path_that_the_docs_have_named_still_works(path: str) -> None:
     )
 
 
+@pytest.mark.parametrize("page", ["architecture", "engines", "glossary"])
+def test_a_page_names_files_and_classes_that_are_there(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:[^`]* )?([\w/]+\.(?:py|cpp))(?:`|: (\w+))", text)
+    assert len(named) >= 10
+    known = [path for top in ("effx_dist", "tests") for path in (ROOT / top).rglob("*.*")]
+    for name, content in named:
+        found = [path for path in known if f"/{path.as_posix()}".endswith(f"/{name}")]
+        assert found, f"docs/{page}.md names {name}, which is not there"
+        texts = [path.read_text(encoding="utf-8") for path in found]
+        assert any(content in text for text in texts), f"docs/{page}.md: no {content} in {name}"
+
+
 def test_only_its_adapter_uses_an_engine() -> None:
     wrong = [
         f"{shown(path)}:{line} uses {name}"
