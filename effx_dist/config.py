@@ -390,7 +390,7 @@ def _quoted_number(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """Spell a value as it stands in the file, cut short; what JSON has not, as Python does."""
+    """Spell a value as it stands in the file, cut short; as Python does where JSON has no word for it."""
     try:
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

@@ -81,7 +81,7 @@ class Checkpointer:
     the save in flight. Ctrl-C (KeyboardInterrupt) in the training loop or in ``wait()`` leaves the
     save running; ``close()`` then finishes it, and a second Ctrl-C, which interrupts that,
     abandons it: nothing is committed, and the next run removes what was written. SIGTERM ends the
-    process at once, as ever in Python, and the save with it, unless ``save_on_sigterm`` is set; see
+    process at once, as always in Python, and the save with it, unless ``save_on_sigterm`` is set; see
     ``should_stop``. A saving process ignores all these signals and ends with the process it
     belongs to.
     """
@@ -394,5 +394,5 @@ class CheckpointersByFolder:
     def _make_room(self) -> None:
         while len(self._made) >= MAX_OPEN:
             _, oldest = self._made.popitem(last=False)
-            settle(oldest)  # a failure is logged: whoever saves elsewhere now must not get it
+            settle(oldest)  # logs a failure, which is not an error of the save that is made now
             oldest.close()

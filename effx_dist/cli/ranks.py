@@ -56,10 +56,10 @@ def tool_ranks(mpi: int, torchrun: bool) -> Iterator[Group]:
     What can fail within is to fail on all ranks, by :meth:`~effx_dist.shard.Group.everywhere` or by
     a function that does so itself. What all ranks have been told by a RankFailedError, the first
     one says, and all end with the same exit code. What one rank alone raises ends an MPI job and
-    all its ranks; torchrun ends them of itself.
+    all its ranks; torchrun does so by itself.
 
     Args:
-        mpi: started by MPI; more than 1: by an mpirun that says it has started so many.
+        mpi: started by MPI; more than 1: by an mpirun that says it has started that many.
         torchrun: started by torchrun.
 
     Raises:

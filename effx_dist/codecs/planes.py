@@ -82,7 +82,7 @@ class BytePlanes(Codec):  # type: ignore[misc]  # numcodecs is untyped
         return self._merge(planes)
 
     def check(self, data: bytes, expected_bytes: int) -> None:
-        """Whether a payload of encode says of itself that it holds expected_bytes; else ValueError.
+        """Raise ValueError unless a payload of encode states that it holds expected_bytes.
         Looks at the heads of its streams alone."""
         reader = Reader(data)
         if (stated := _stated_bytes(reader)) != expected_bytes:

@@ -125,7 +125,7 @@ def _stream(tag: int, body: bytes | memoryview) -> bytes:
 
 
 def check_stream(reader: Reader, expected_bytes: int) -> None:
-    """Whether the next stream says of itself that it holds expected_bytes; else ValueError. Nothing is
+    """Raise ValueError unless the next stream states that it holds expected_bytes. Nothing is
     decoded."""
     tag = reader.byte()
     body = reader.take(reader.varint())

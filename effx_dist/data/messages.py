@@ -36,7 +36,7 @@ class Messages:
         )
 
     def beyond_the_run(self, group: Group, epoch: int, num_epochs: int) -> None:
-        """An epoch was asked for that the run has not."""
+        """An epoch was asked for that lies beyond the run."""
         self._say(
             group,
             "beyond_the_run",

@@ -79,7 +79,7 @@ def locks(is_wanted: Callable[[str], bool] = lambda operator: True) -> list[Path
 
 
 def is_stale(lock: Path) -> bool:
-    """Whether nobody builds under a lock: no process of this machine has it open, as its builder does, and
+    """Whether a lock is left over: no process of this machine has it open, as its builder does, and
     nothing in its folder was written lately."""
     if _is_open(lock):
         return False
@@ -128,7 +128,7 @@ def _device_of(path: Path) -> str:
 
 
 def _take_over(lock: Path) -> bool:
-    """Remove a lock that nobody builds under; whether it is gone. Ranks of one machine take turns: none
+    """Remove a lock that is left over; return whether it is gone. Ranks of one machine take turns: none
     removes the lock of a build that another has begun in between."""
     turn = lock.with_name("effx-turn")
     try:

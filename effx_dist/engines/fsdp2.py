@@ -84,7 +84,7 @@ def shard(
         layers: the modules to gather one at a time, such as decoder layers.
         mixed_precision: compute in bfloat16, reduce gradients in float32; parameters stay float32.
 
-    Parameters are broadcast by nobody: build the model from the same seed on every rank.
+    Parameters are not broadcast: build the model from the same seed on every rank.
     """
     policy = MixedPrecisionPolicy()
     if mixed_precision:

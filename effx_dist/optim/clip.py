@@ -13,7 +13,7 @@ from effx_dist.optim.step_plan import HALF_DTYPES, GradParam
 from effx_dist.shard import start_sum
 
 _CACHED_ELEMENTS = 1 << 16
-"""A float32 copy of so many stays in a processor's cache."""
+"""Elements at a time: a float32 copy of that many stays in a processor's cache."""
 
 
 def total_norm(

@@ -167,7 +167,7 @@ def _ignores_parameter(optimizer: Optimizer, move: Moved) -> bool:
 
 
 class _Alone(TorchDispatchMode):
-    """Collectives fail: one rank tries its optimizer out, and others need not, so that nobody would come."""
+    """Lets no collective be called: a rank tries its optimizer out alone, and would wait for the others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _COLLECTIVES:

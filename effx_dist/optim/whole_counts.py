@@ -2,8 +2,8 @@
 
 The same counts tell of a gradient that some ranks of a parameter have and others lack. A whole that is
 cut by a DTensor is in the counts of every one of its ranks, so that the number of ranks without a gradient
-tells "all of them lack it" (frozen, unused) from "some do". Of the pieces of a shard map nobody knows how
-many ranks hold some, and nothing is marked.
+tells "all of them lack it" (frozen, unused) from "some do". How many ranks hold
+pieces of a whole in a shard map is not known, so there nothing is marked.
 """
 
 from __future__ import annotations

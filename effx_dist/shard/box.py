@@ -42,7 +42,7 @@ class Box:
         return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common box, or None where there is none. Both are boxes of one whole tensor."""
+        """The box that both have in common, or None. Both are boxes of one whole tensor."""
         low = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         high = tuple(
             min(a + x, b + y)

@@ -90,8 +90,8 @@ class StoreGroup(Group):
 
     def give_up(self, failures: dict[int, str], session: int | None = None) -> dict[int, str]:
         """Make all ranks fail in this session, or in another; returns the failures that it counts
-        as failed by, which are those of the first that gave up. A store that is gone is none to
-        tell."""
+        as failed by, which are those of the first that gave up. Where the store is gone, there is
+        nobody left to tell."""
         key = self._mark(self._session if session is None else session)
         self._garbage.append(key)
         self._begin(GRACE_S)

@@ -1,4 +1,4 @@
-"""A thread that runs calls one after another and that nobody has to wait for."""
+"""A thread that runs calls one after another, and does not keep the interpreter from ending."""
 
 from __future__ import annotations
 

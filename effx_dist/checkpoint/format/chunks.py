@@ -58,7 +58,7 @@ class JointPieces:
 def in_order(
     function: Callable[[Argument], T], arguments: Iterable[Argument], threads: int
 ) -> Iterator[T]:
-    """``function`` of each argument, in order, on so many threads; on this one if that is 1.
+    """``function`` of each argument, in order, on ``threads`` threads; on this one if that is 1.
 
     At most ``threads`` + 1 results are begun and not yet taken.
     """

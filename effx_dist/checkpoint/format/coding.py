@@ -67,7 +67,7 @@ def from_bits(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
 
 
 def repeated(bits: Bits, words: int) -> bytes | None:
-    """The one element, of so many words, that all elements are; None where they differ. Looks at all
+    """The element, of ``words`` words, that all elements are equal to; None where they differ. Looks at all
     of them only where they are alike."""
     first = bits[:words]
     for start in range(0, bits.size, _LOOK * words):

@@ -286,7 +286,7 @@ def short(text: str, length: int = 300) -> str:
 
 
 def manifest_checksum(content: bytes, path: object) -> str:
-    """The checksum that a manifest states of itself."""
+    """The checksum that a manifest states for itself."""
     return _head(content, path)[2].decode()
 
 

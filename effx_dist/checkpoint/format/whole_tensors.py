@@ -35,7 +35,7 @@ def check_declared(declared: int, where: object) -> None:
 
 
 def empty_for(name: str, record: TensorRecord) -> torch.Tensor:
-    """Host memory for a whole tensor that a manifest describes and nobody has.
+    """Host memory for a whole tensor that a manifest describes and no live object has.
 
     Raises CorruptCheckpointError where that is more than the bound, or than this machine has.
     """

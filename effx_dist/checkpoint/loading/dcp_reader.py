@@ -165,7 +165,7 @@ def _pickled(name: str, value: Any) -> bytes:
 
 
 def _run_all(calls: Sequence[Callable[[], None]], threads: int) -> None:
-    """Make the calls on so many threads, this one among them: a new thread's memory is given back to
+    """Make the calls on ``threads`` threads, this one among them: a new thread's memory is given back to
     the system after every block, and faulted in again."""
     left = deque(calls)
 

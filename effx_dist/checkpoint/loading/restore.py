@@ -125,7 +125,7 @@ def _set_random_state(live: LiveState, state: Mapping[str, torch.Tensor], rank: 
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         reason = short(f"{type(error).__name__}: {error}")
         raise CorruptCheckpointError(
-            f"rng.{rank}: the saved random states are none: {reason}"
+            f"rng.{rank}: the saved random states cannot be used: {reason}"
         ) from None
 
 

@@ -32,7 +32,7 @@ class Chain:
         figures: sizes of the run so far, up to that checkpoint. Used by the coordinator only.
 
     A chain that is handed to another process time and again (AsyncCheckpointerType.PROCESS pickles
-    the writer for each save) goes on there where the save before left it.
+    the writer for each save) goes on where the save before left off.
     """
 
     id: str | None = None
@@ -51,7 +51,7 @@ class Chain:
         return self._pending[0] if self._pending else None
 
     def reference(self, name: str, box: Box, dtype: torch.dtype) -> torch.Tensor | None:
-        """The reference of one local box, or None where there is none of that size and dtype."""
+        """The reference of one local box, or None if there is no reference of that size and dtype."""
         return _fitting(self.references, name, box, dtype)
 
     def has_reference(self, name: str, box: Box, dtype: torch.dtype) -> bool:

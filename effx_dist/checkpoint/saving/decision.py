@@ -111,8 +111,8 @@ def decide(plans: Sequence[SavePlan], chain: Chain, config: ExcpConfig) -> list[
 
 
 def _is_base_due(before: Figures | None, config: ExcpConfig) -> bool:
-    """Whether a base is due: so many saves after the last one, or when the links since then take up so many
-    times its bytes."""
+    """Whether a base is due: ``base_every`` saves after the last one, or as soon as the links since then take
+    up ``base_every_size`` times its bytes."""
     if before is None or before.saves_since_base + 1 >= config.base_every:
         return True
     size = config.base_every_size

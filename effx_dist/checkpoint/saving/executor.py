@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 ABANDON_S = 5.0
 """How long an abandoned save may take to end. A block is encoded in milliseconds; only a file system
-that hangs takes longer, and then nobody waits for it."""
+that hangs takes longer, and that is not waited for."""
 
 
 class SaveExecutor(ABC):

@@ -43,7 +43,7 @@ def closed(checkpointer: OpenCheckpointer) -> None:
 
 
 def settle_saves_in(folder: object) -> None:
-    """Wait for every save that is in flight in a folder, whoever in this process made it; what failed is
+    """Wait for every save that is in flight in a folder, by any Checkpointer of this process; what failed is
     logged. No communication is performed."""
     key = folder_key(str(folder))
     for other, pid in list(_open.items()):

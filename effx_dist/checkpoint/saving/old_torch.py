@@ -48,7 +48,7 @@ def _copied(value: Any) -> Any:
 
 
 COPIES_BY_ITSELF = hasattr(staging, "DefaultStager")
-"""Whether this torch's ``async_save`` makes a copy where nobody else does."""
+"""Whether this torch's ``async_save`` copies the state by itself where the writer does not."""
 
 if TYPE_CHECKING or COPIES_BY_ITSELF:
 

@@ -177,7 +177,7 @@ def _look_at(
 
 
 def _is_merged(own: Location) -> bool:
-    """Whether the step's weights are there once more, without the chain below it."""
+    """Whether the step also holds its weights as a base, so that the chain below it is not needed."""
     if MERGED not in own.folders() or not (own / MERGED).has_file(MANIFEST):
         return False
     merged = own / MERGED

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveJob:
-    """What one save writes: staged fragments by name, what the manifest says besides, and the name
-    of the checkpoint's folder."""
+    """What one save writes: staged fragments by name, what else the manifest says, and the name of
+    the checkpoint's folder."""
 
     state: Mapping[str, Fragment]
     facts: SaveFacts

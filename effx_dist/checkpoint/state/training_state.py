@@ -266,7 +266,7 @@ class RunValues(BaseModel):
 
 
 def run_values(manifest: Manifest) -> RunValues:
-    """The JSON side of a checkpoint. Raises CorruptCheckpointError where it is none of ours."""
+    """The JSON side of a checkpoint. Raises CorruptCheckpointError where it is not of this form."""
     try:
         values = RunValues.model_validate({} if manifest.extra is None else manifest.extra)
         leaf_paths(values.model_dump())

@@ -129,7 +129,7 @@ def _untag(tag: str, content: Any, leaf: Callable[[str], Leaf]) -> Any:
 
 
 def read_tree(value: Any, leaves: Mapping[str, Leaf], what: str) -> Any:
-    """A tree of the manifest with its tensors. Raises CorruptCheckpointError for one that is none."""
+    """A tree of the manifest with its tensors. Raises CorruptCheckpointError for what is not a tree."""
     try:
         return tree_from_json(value, leaves.__getitem__)
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:

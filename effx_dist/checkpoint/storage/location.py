@@ -73,17 +73,17 @@ class Location(os.PathLike[str], ABC):
 
     @abstractmethod
     def folders(self) -> list[str]:
-        """Names of the sub-folders (links are none), in any order; none if it is not there."""
+        """Names of the sub-folders (a link does not count), in any order; empty if the folder is not there."""
 
     @abstractmethod
     def files(self) -> dict[str, int]:
-        """Names and bytes of the files in it (links are none); none if it is not there or a link.
+        """Names and bytes of the files in it (a link does not count); empty if it is not there or a link.
         The listing of an object store may lag behind: what must not be missed is to be looked for
         by name."""
 
     @abstractmethod
     def size_of(self, name: str) -> int | None:
-        """Bytes of the regular file of that name, or None where there is none."""
+        """Bytes of the regular file of that name, or None if there is no such file."""
 
     def has_file(self, name: str) -> bool:
         """Whether there is a regular file of that name."""

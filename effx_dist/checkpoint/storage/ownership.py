@@ -39,7 +39,7 @@ class Ownership:
     is_taken: bool = False
 
     def take(self) -> None:
-        """Become the folder's owner in whoever's place, but once only."""
+        """Become the folder's owner, also in the place of another job, but once only."""
         if self.is_taken:
             return
         if not self.folder.is_folder(follow_link=True):

@@ -149,7 +149,7 @@ class RemoteFolder(Location):
         return False
 
     def check_size(self, name: str, num_bytes: int) -> None:
-        """Raise OSError unless the store holds so many bytes under a name."""
+        """Raise OSError unless the store holds ``num_bytes`` bytes under a name."""
         stored = self.size_of(name)
         if stored != num_bytes:
             raise OSError(

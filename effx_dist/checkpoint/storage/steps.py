@@ -26,7 +26,7 @@ PINNED = "pinned"
 TAG = "tag.json"
 """The file, in a folder that has a tag's name, that says which step the tag stands for."""
 MERGED = "merged"
-"""The folder inside a step that holds its weights once more as a base, made from the chain below it; the chain
+"""The folder inside a step that also holds its weights as a base, made from the chain below it; the chain
 may then be removed."""
 WRITING_NAME = re.compile(WRITING + r"[0-9a-f]{8}-(.+)")
 REMOVING = "removing-"
@@ -133,8 +133,8 @@ def step_folder(folder: Folder, step: int) -> Location:
 
 
 def uncommitted_folders(folder: Folder) -> list[Location]:
-    """Folders of steps without a manifest. Those that hold somebody else's files are none:
-    DeepSpeed gives its own checkpoints the same names."""
+    """Folders of steps without a manifest. Those that hold somebody else's files do not
+    count: DeepSpeed gives its own checkpoints the same names."""
     place = location(folder)
     found = [place / name for name in place.folders() if step_of(name) is not None]
     return [own for own in found if not _is_committed(own) and not holds_foreign_files(own)]

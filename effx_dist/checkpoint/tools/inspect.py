@@ -28,7 +28,7 @@ class StepSummary:
     name: str = ""
     """Name of its folder."""
     tags: tuple[str, ...] = ()
-    """What the run calls it besides."""
+    """Its other names."""
     kind: str = ""
     parent: str | None = None
     base: str | None = None
@@ -54,7 +54,7 @@ class StepSummary:
 def inspect_folder(folder: Folder) -> list[StepSummary]:
     """Every checkpoint of a folder by step, also saves that were cut off. Reads manifests only.
 
-    Raises CheckpointNotFoundError for a folder that is none, CorruptCheckpointError for a damaged
+    Raises CheckpointNotFoundError where there is no such folder, CorruptCheckpointError for a damaged
     manifest.
     """
     path = existing_folder(folder)

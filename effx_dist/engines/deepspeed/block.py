@@ -41,7 +41,7 @@ class Block:
         return self.effx.on
 
     def config_for_deepspeed(self) -> dict[str, Any]:
-        """A copy in which DeepSpeed is told to take an optimizer that is none of its own."""
+        """A copy in which DeepSpeed is told to take an optimizer that is not its own."""
         if self.on.cautious is None:
             return dict(self.config)
         allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}

@@ -314,7 +314,7 @@ def _check(engine: Any) -> None:
 
 
 def _own_tag(name: str, step: int) -> str | None:
-    """The tag to give to a step's folder, which has its own name besides."""
+    """The tag to give to a step, or None where the name is that of the step's own folder."""
     named = step_of(name)
     if named is None:
         return checked_tag(name)
@@ -372,7 +372,7 @@ class LossScaler:
 
 
 def scaler_of(optimizer: Any) -> Any:
-    """What holds the dynamic loss scale, with ZeRO or without; None where there is none."""
+    """What holds the dynamic loss scale, with ZeRO or without; None where the scale is not dynamic."""
     for name, is_dynamic in (
         ("loss_scaler", "dynamic"),
         ("loss_scale_config", "dynamic_loss_scale"),

@@ -89,7 +89,7 @@ class Handle(DataFeed):
 
     Attributes:
         config: the block.
-        sampler: of the loader that was made last; None where InfoBatch is off or there is none yet.
+        sampler: that of the loader that was made last; None before, and where InfoBatch is off.
         metrics: what goes to the engine's monitor.
         checkpoints: what ``engine.save_checkpoint`` and ``load_checkpoint`` go to; None where excp is off.
         last_save: the save that ``engine.save_checkpoint`` began last, to wait for or to ask for its figures.

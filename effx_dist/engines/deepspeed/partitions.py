@@ -70,7 +70,7 @@ def partitions(engine: Any) -> list[Partition]:
     under its FP16_Optimizer), and is spread over no group.
 
     Raises:
-        LayoutMismatchError: the optimizer holds a parameter that the model has not.
+        LayoutMismatchError: the optimizer holds a parameter that is not the model's.
     """
     return list(_partitions(engine))
 

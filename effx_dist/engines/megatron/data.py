@@ -32,13 +32,13 @@ def sample_losses(
     A sequence without any target gives 0, with a zero gradient.
 
     Under context parallelism each rank has a part of every sequence: sums and counts are all-reduced over the group
-    (two small all-reduces), so that all ranks get the losses of whole sequences; their gradient is that of the own part
-    of it. Megatron multiplies the loss by the context-parallel size and averages gradients over those ranks as well,
-    which adds the parts up.
+    (two small all-reduces), so that all ranks get the losses of whole sequences; their gradient is that of this
+    rank's part. Megatron multiplies the loss by the context-parallel size and averages gradients over those ranks
+    as well, which adds the parts up.
 
     Args:
         output_tensor: ``[micro_batch, sequence]``: what GPTModel gives when it is called with labels.
-        loss_mask: As many numbers as ``output_tensor``: 1 for a target, 0 for what is none.
+        loss_mask: As many numbers as ``output_tensor``: 1 for a target, 0 elsewhere.
         context_group: The context-parallel ranks; None: those of ``parallel_state``, if there are several.
 
     Raises:

@@ -97,7 +97,7 @@ class JobLayout:
 def survey(optimizer: Any, model_chunks: Sequence[Any]) -> JobLayout:
     """Find out who holds what. ``optimizer`` may be None: nothing is trained. Collective over all ranks.
 
-    Raises LayoutMismatchError, on all ranks, for a model of which cannot be told what lies where, and where
+    Raises LayoutMismatchError, on all ranks, for a model that does not tell what lies where, and where
     all ranks together do not make up the whole.
     """
     group = as_group(None)

@@ -110,7 +110,7 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
 
 
 def check_local(optimizers: Sequence[Any], local_tensors: Sequence[LocalTensor]) -> None:
-    """Raises LayoutMismatchError for a parameter of the optimizers that the model chunks have not. No
+    """Raises LayoutMismatchError for a parameter of the optimizers that no model chunk has. No
     communication is performed."""
     known = {id(local.tensor) for local in local_tensors}
     for param, *_ in (owned for optimizer in optimizers for owned in _owned(optimizer)):

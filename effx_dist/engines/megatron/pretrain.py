@@ -3,7 +3,7 @@
     with effx.megatron.pretrain_hooks(cfg, train_dataset) as hooks:
         pretrain(hooks.datasets(), model_provider, ModelType.encoder_or_decoder, forward_step)
 
-Megatron-LM is in no package: a checkout of it lies on the path of whoever trains with it.
+Megatron-LM is in no package: who trains with it has a checkout of it on Python's path.
 """
 
 from __future__ import annotations

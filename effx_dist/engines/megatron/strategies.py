@@ -111,7 +111,7 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
     """For ``dist_checkpointing.load(sharded_state_dict, root/iter_0000100, sharded_strategy=...)``.
 
     Model and, where the state dict asks for the optimizer, optimizer are filled in place, at any layout;
-    ``load_state_dict`` of both may then be called as ever: it finds what is there already.
+    ``load_state_dict`` of both may then be called as usual: it changes nothing, as all has been loaded.
     """
 
     def __init__(self, checkpoints: JobCheckpoints) -> None:

@@ -86,7 +86,7 @@ class Kernels(ABC):
         """
 
     def step_wholes(self, counts: torch.Tensor, numels: torch.Tensor) -> None:
-        """Both walks, for items that are whole parameters, each the only one of its slot: nobody else
+        """Both walks, for items that are whole parameters, each the only one in its slot: no other rank
         has to be asked in between.
 
         ``counts`` is 0 in their slots; ``numels`` (int64) has the elements of each slot.

@@ -88,7 +88,7 @@ def open_dcp(path: Path, options: ReadOptions) -> PlainContent:
 
 def _with_tied(content: PlainContent) -> PlainContent:
     """A tied tensor is stored once for each of its names, of which the optimizer knows one. One that it
-    does not know, and that has the very values of one that it does, is that one's other name."""
+    does not know, and that has exactly the values of one that it knows, is another name of that one."""
     if content.optimizer is None:
         return content
     trained = {name for group in content.optimizer.group_parameters for name in group}

@@ -67,7 +67,7 @@ def open_deepspeed(path: Path, options: ReadOptions) -> PlainContent:
     files = _files(path, _OPTIM_STATES)
     first = models[0]
     if not isinstance(first, dict) or not {"module", "global_steps"} <= first.keys():
-        raise CorruptCheckpointError(f"{path}: its {MODEL_STATES[1:]} are none of DeepSpeed's")
+        raise CorruptCheckpointError(f"{path}: its {MODEL_STATES[1:]} are not DeepSpeed's")
     extra = {key: value for key, value in first.items() if key not in _OWN_KEYS}
     counters = {key: first[key] for key in (*_COUNTERS, "ds_version") if key in first}
     extra = {**keepable(extra, path), ENGINE: counters}
@@ -163,9 +163,7 @@ class _Zero:
             count = ranks[0]["partition_count"]
             self._shapes: list[Mapping[str, torch.Size]] = list(models[0]["param_shapes"])
         except (LookupError, TypeError, ValueError) as error:
-            raise CorruptCheckpointError(
-                f"{path}: its optimizer states are none of ZeRO's"
-            ) from error
+            raise CorruptCheckpointError(f"{path}: its optimizer states are not ZeRO's") from error
         num_ranks = max(count) if isinstance(count, list) else count
         if num_ranks != len(ranks) or (self._is_stage3 and num_ranks != len(models)):
             raise CorruptCheckpointError(

@@ -53,10 +53,10 @@ def find_series(
     paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
 ) -> list[PlainCheckpoint]:
     """The checkpoints among ``paths``, and in those of them that are folders of checkpoints, by
-    ascending step. ``output`` is none of them.
+    ascending step. ``output`` is left out.
 
     What wrote a checkpoint is told by its files; its step is the last number in its name. Raises
-    ConfigError where two have one step or one has none, CheckpointNotFoundError where there are none.
+    ConfigError where two have one step or one has no step, CheckpointNotFoundError for an empty series.
     """
     found: list[tuple[Path, Kind]] = []
     target = os.path.abspath(output)

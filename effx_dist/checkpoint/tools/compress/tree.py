@@ -35,7 +35,7 @@ def content_of_tree(
 
     Args:
         tree: nested dictionaries of SourceTensors and plain values.
-        tied: dotted paths of tensors that are another one once more, to that other one's.
+        tied: from the dotted path of a tensor that is the same as another one to that one's path.
         where: the checkpoint, for messages.
 
     A model's state dict by itself; or one entry of MODEL_KEYS, at most one of OPTIMIZER_KEYS and
@@ -169,7 +169,7 @@ def names_of_groups(
     They are those that ``params`` itself holds; else those given; else ``param_names`` of the groups,
     as torch has it; else the model's own order, where that leaves no choice: as many parameters as
     the model has floating-point tensors, each of its tensor's shape, and no shape in two groups.
-    Anything else is a ConfigError, and so is a name or shape that the model has not.
+    Anything else is a ConfigError, and so is a name or shape that is not the model's.
     """
     numbers = [list(group["params"]) for group in groups]
     if all(isinstance(n, str) for group in numbers for n in group):

@@ -167,7 +167,7 @@ def require_llama(transformer: Transformer, place: str, is_rope_given: bool) -> 
 def llama_config(transformer: Transformer, given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The content of config.json: what the model is, and over it what the user has ``given``.
 
-    Without a tokenizer nobody knows the tokens that begin and end a text: they are null unless
+    Without a tokenizer the tokens that begin and end a text are not known: they are null unless
     given. Raises ConfigError where ``given`` describes other weights.
     """
     fixed = {
