@@ -101,7 +101,7 @@ def cut_twice(draw: st.DrawFn) -> tuple[Shape, list[tuple[list[PlacedBox], list[
         for start, stop in ranges:
             offsets = tuple(start if at == axis else 0 for at in range(len(shape)))
             sizes = tuple(stop - start if at == axis else n for at, n in enumerate(shape))
-            parts.append((Box(offsets, sizes), local_start))
+            parts.append(PlacedBox(Box(offsets, sizes), local_start))
             local_start += parts[-1].box.numel
         found.append((parts, cuts(draw, local_start, draw(st.integers(1, 4)))))
     return shape, found

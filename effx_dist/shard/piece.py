@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -59,8 +60,13 @@ class Piece:
 
 Held = tuple[WholeTensor, tuple[Piece, ...]]
 """A whole tensor, and this rank's pieces of it in one local tensor."""
-PlacedBox = tuple[Box, int]
-"""A box of a whole tensor that a local one holds, contiguous, and the element of that where it begins."""
+
+
+class PlacedBox(NamedTuple):
+    """A box of a whole tensor that a local one holds, contiguous, from its element ``local_start`` on."""
+
+    box: Box
+    local_start: int
 
 
 def pieces_of_flat_range(

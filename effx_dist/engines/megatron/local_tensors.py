@@ -173,7 +173,7 @@ def _local_tensor(local_name: str, entry: Any) -> LocalTensor:
     names = {_name(local_name, shard) for shard in shards}
     shapes = {tuple(shard.global_shape[shard.prepend_axis_num :]) for shard in shards}
     boxes = tuple(
-        (
+        PlacedBox(
             Box(tuple(shard.global_offset[shard.prepend_axis_num :]), tuple(shard.local_shape)),
             shard.data.storage_offset(),
         )
