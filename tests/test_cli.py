@@ -302,7 +302,7 @@ def test_doctor_says_what_is_here() -> None:
     assert code == 0
     assert re.search(rf"^torch +{re.escape(metadata.version('torch'))}$", out, re.MULTILINE)
     assert re.search(r"^compressed checkpoints \(ExCP\) +yes", out, re.MULTILINE)
-    assert re.search(r"^cautious optimizers +yes +\w+: (compiled|eager|triton)$", out, re.MULTILINE)
+    assert re.search(r"^cautious optimisers +yes +\w+: (compiled|eager|triton)$", out, re.MULTILINE)
 
 
 def test_doctor_names_the_lock_of_a_build_that_was_killed(
@@ -342,7 +342,7 @@ def test_doctor_survives_a_torch_that_does_not_import(
     assert found.missing == ("torch",)
     assert str(fault) in " ".join(part.note for part in found.packages)
     features = {part.name: part.found for part in found.features}
-    assert features["cautious optimizers"] == features["several ranks"] == "no"
+    assert features["cautious optimisers"] == features["several ranks"] == "no"
 
 
 def test_doctor_without_any_package_lists_all_as_missing(

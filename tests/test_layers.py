@@ -259,6 +259,15 @@ def test_a_path_that_the_docs_have_named_still_works(path: str) -> None:
     )
 
 
+def test_names_that_the_docs_have_given_still_work() -> None:
+    source = (
+        "from effx_dist.shard import Part, PlacedBox, pieces_of_boxes, pieces_of_parts\n"
+        "from effx_dist.checkpoint import Fragment\n"
+        "print(Part is PlacedBox, pieces_of_parts is pieces_of_boxes, Fragment((), None, []).parts)"
+    )
+    assert run_python(source).strip() == "True True []"
+
+
 @pytest.mark.parametrize("page", ["architecture", "engines", "glossary"])
 def test_a_page_names_files_and_classes_that_are_there(page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")

@@ -135,7 +135,7 @@ def _features(versions: dict[str, str | None], torch: Any) -> list[Entry]:
     no_ranks = "" if backends else "torch.distributed has no backend"
     return [
         _feature("sample pruning (InfoBatch)", no_torch),
-        _feature("cautious optimizers", no_torch, _cautious_step(torch)),
+        _feature("cautious optimisers", no_torch, _cautious_step(torch)),
         _feature("compressed checkpoints (ExCP)", no_torch or no_codecs),
         _feature(
             "several ranks", no_torch or no_ranks, plural(len(backends.split(", ")), "backend")

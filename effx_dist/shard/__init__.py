@@ -1,4 +1,4 @@
-"""Who holds which part of which whole tensor, and how the holders talk to each other."""
+"""Who holds which box of which whole tensor, and how the holders talk to each other."""
 
 from effx_dist.shard.box import Box, boxes_to_flat_range, flat_range_to_boxes, flat_start, whole_box
 from effx_dist.shard.group import Group, SoloGroup, TorchGroup, as_group, separate_group
@@ -6,6 +6,7 @@ from effx_dist.shard.mpi_group import MpiGroup
 from effx_dist.shard.piece import (
     Held,
     LocalRows,
+    Part,
     Piece,
     PlacedBox,
     ShardMap,
@@ -13,6 +14,7 @@ from effx_dist.shard.piece import (
     local_of,
     pieces_of_boxes,
     pieces_of_flat_range,
+    pieces_of_parts,
     pieces_of_tensor,
     start_sum,
 )

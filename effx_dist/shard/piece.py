@@ -105,6 +105,10 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+Part, pieces_of_parts = PlacedBox, pieces_of_boxes
+"""Former names, which the documentation gave to those who write an adapter."""
+
+
 def pieces_of_tensor(name: str, tensor: torch.Tensor) -> Held:
     """Describe a plain tensor (whole on this rank) or a DTensor (FSDP2, tensor parallel).
 
