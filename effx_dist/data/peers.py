@@ -19,8 +19,8 @@ from effx_dist.shard.group import ReduceOp
 class Peers:
     """The ranks that get the same samples as this one. One of them reports the losses of all.
 
-    Each peer plans for itself, in a group of its own place in the other models. For the plans to be the same, the
-    scores must be so to the last bit: what the reporter recorded is sent to its peers before it is used.
+    Each peer plans for itself, together with the ranks that have its place in the other models. For the plans to be
+    the same, the scores must be equal to the last bit: what the reporter recorded is sent to its peers before it is used.
 
     Attributes:
         groups: Ranks that hear of each other, in steps: what a rank tells those of the first group, and all of them
@@ -66,7 +66,7 @@ class Peers:
         return self._spread(ids[:num_told]), self._spread(losses[:num_told])
 
     def _spread(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """One peer's values, which the others give none of, on all of them."""
+        """One peer's values, on all peers; the others give empty arrays."""
         for group in self.groups:
             sent = [torch.from_numpy(values)] * group.size
             values = torch.cat(group.all_to_all(sent)).numpy()

@@ -95,7 +95,7 @@ class StepReader:
 
     @cached_property
     def merged(self) -> StepReader | None:
-        """This step's weights as a base of their own, where somebody has made one."""
+        """This step's weights as a base of their own, where `compact` has made one."""
         folder = self.folder / MERGED
         if not folder.has_file(MANIFEST):
             return None

@@ -32,7 +32,7 @@ class OptimizerState:
 
 
 class LiveState(ABC):
-    """A model, and its optimizer if that is part of it.
+    """A model, with its optimizer where that is saved or loaded too.
 
     Tensors are given as leaves (:data:`effx_dist.checkpoint.state.tree.Leaf`) that share the live memory:
     a save copies from them, a load fills them in place. Every rank gives the same names, also those of
@@ -41,16 +41,16 @@ class LiveState(ABC):
 
     has_optimizer: bool
     has_random_state: bool = True
-    """Whether the random states of this process are part of it: not where the state is another's."""
+    """Whether the random states of this process belong to it; not where it stands for another run's state."""
 
     def fit(self, saved: Mapping[str, TensorFacts]) -> None:  # noqa: B027  most shapes are given
-        """Told before a load what the checkpoint holds of the model, by name. Where shapes depend on
+        """Called before a load with what the checkpoint holds of the model, by name. Where shapes depend on
         the layout, or dtypes on how the model is used, what is given from then on may fit it."""
 
     @property
     def refitted(self) -> frozenset[str]:
-        """Names in the model's state that :meth:`fit` has changed the shape of: what a load fills of them
-        is nothing that a save of their own shape could be a difference against."""
+        """Names in the model's state whose shapes :meth:`fit` has changed. A later save, in their own
+        shapes, cannot be a difference to what was loaded into them."""
         return frozenset()
 
     @property
@@ -69,7 +69,7 @@ class LiveState(ABC):
 
     @abstractmethod
     def take_model_values(self, values: Mapping[str, Any]) -> None:
-        """Hand over what of the model's state is no tensor."""
+        """Hand over the values of the model's state that are not tensors."""
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:

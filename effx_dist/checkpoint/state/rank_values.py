@@ -1,4 +1,4 @@
-"""What the ranks of one save say beside their sharded tensors, as one thing that all may load.
+"""What the ranks of one save hold beside their sharded tensors, merged into one state that all may load.
 
 Keys that only some ranks have are kept, as torchtitan's ``dp_rank_0`` and ``dp_rank_1``. Values that
 differ under one key have no answer: one rank's would silently become every rank's. They are refused by

@@ -166,7 +166,7 @@ class Targets:
     Attributes:
         leaves: live tensors by their names in the checkpoint.
         unrenamed: names in ``leaves`` that are also the live tensors' own.
-        values: saved names of the model's values that are no tensors, by live name.
+        values: saved names of the model's values that are not tensors, by live name.
         report: what is left alone.
         optimizer: the optimizer's part.
     """

@@ -54,7 +54,7 @@ def pretrain_hooks(
         vocab_size: as for :func:`attach`.
         num_workers: of the loader over ``train_dataset``.
 
-    Raises MissingEngineError where Megatron-LM is not to be imported.
+    Raises MissingEngineError where Megatron-LM cannot be imported.
     """
     return PretrainHooks(cfg, train_dataset, vocab_size, num_workers)
 
@@ -155,7 +155,9 @@ class PretrainHooks:
     def _make_sampler(self, handle: Handle) -> None:
         if self._given is None:
             raise ConfigError("effx.infobatch: is on, so pretrain_hooks needs the train_dataset")
-        is_made = hasattr(type(self._given), "__getitem__")  # a class has it, and makes one
+        is_made = hasattr(
+            type(self._given), "__getitem__"
+        )  # looked up in the type: a data set's class is called, too
         self._dataset = self._given if is_made else self._given()
         arguments = self._arguments()
         sampler = handle.make_sampler(

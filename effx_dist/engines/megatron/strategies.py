@@ -199,8 +199,8 @@ class ExcpLoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
         return found
 
     def _holds_no_more(self, chain: Path, iteration: int) -> bool:
-        """Whether the checkpoint holds nothing of the model that the job has not: Megatron ignores what
-        nobody asks for."""
+        """Whether the job has every tensor of the model that the checkpoint holds: Megatron ignores those that
+        are not asked for."""
         own = {f"{MODEL}.{tensor.name}" for tensor in self._checkpoints.layout.known_tensors}
 
         def look() -> bool:
