@@ -20,7 +20,8 @@ class Peers:
     """The ranks that get the same samples as this one. One of them reports the losses of all.
 
     Each peer plans for itself, together with the ranks that have its place in the other models. For the plans to be
-    the same, the scores must be equal to the last bit: what the reporter recorded is sent to its peers before it is used.
+    the same, the scores must be equal to the last bit: what the reporter recorded is sent to its peers before it is
+    used.
 
     Attributes:
         groups: Ranks that hear of each other, in steps: what a rank tells those of the first group, and all of them
