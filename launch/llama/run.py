@@ -1,4 +1,4 @@
-"""One run but for its engine: what is measured, said, evaluated and recorded while it trains."""
+"""A run apart from its engine: what is measured, said, evaluated and recorded while it trains."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -74,7 +74,7 @@ class Run(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Told at the start of a run that does not resume."""
+        """Called at the start of a run that does not resume."""
 
     def set_epoch(self, epoch: int) -> None:
         """Plan the epoch: all ranks together."""
