@@ -56,9 +56,9 @@ class TestWhereItIsFound:
         config = merged(BASE, BLOCK)
         before = copy.deepcopy(config)
         block = read(config)
-        assert block.cautious is not None
-        assert block.infobatch is None
-        assert block.excp is None
+        assert block.on.cautious is not None
+        assert block.on.infobatch is None
+        assert block.on.excp is None
         assert block.config_for_deepspeed()["zero_allow_untested_optimizer"] is True
         assert config == before
 
@@ -70,13 +70,13 @@ class TestWhereItIsFound:
             read(args=Namespace(deepspeed_config=str(path))),
             read(args=Namespace(deepspeed_config=None, deepscale_config=str(path))),
         ):
-            assert block.cautious is not None
+            assert block.on.cautious is not None
             assert block.config_for_deepspeed()["effx"] == BLOCK["effx"]
         assert path.read_text() == text
 
     def test_in_base64(self) -> None:
         text = base64.urlsafe_b64encode(json.dumps(BLOCK).encode()).decode()
-        assert read(text).cautious is not None
+        assert read(text).on.cautious is not None
 
     @pytest.mark.parametrize(
         "block", [{}, {"effx": None}, {"effx": {}}, {"effx": {"cautious": {"enabled": False}}}]
