@@ -245,9 +245,11 @@ def test_no_module_imports_itself_by_others() -> None:
 
 FORMER_PATHS = {
     "effx_dist.checkpoint.drive": "drive_save",
+    "effx_dist.checkpoint.folder": "committed_steps",
     "effx_dist.checkpoint.live": "LiveState",
     "effx_dist.checkpoint.manifest": "Manifest",
     "effx_dist.checkpoint.writer": "ExcpWriter",
+    "effx_dist.shard.mesh": "group_of_axes",
 }
 
 

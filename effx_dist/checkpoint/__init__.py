@@ -20,12 +20,13 @@ from effx_dist.checkpoint.state import live
 from effx_dist.checkpoint.state.fragment import Fragment
 from effx_dist.checkpoint.state.live import LiveState
 from effx_dist.checkpoint.state.rank_values import PerRank
+from effx_dist.checkpoint.storage import steps as folder
 from effx_dist.checkpoint.tools.inspect import StepSummary, inspect_folder
 from effx_dist.checkpoint.tools.verify import VerifyReport, verify_folder
 
-# Modules that the documentation has named by another path keep it.
-for _module in (drive, live, manifest, writer):
-    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
+# Modules that the documentation or a launch script has named by another path keep it.
+for _name in ("drive", "folder", "live", "manifest", "writer"):
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name]
 
 __all__ = [
     "Chain",
