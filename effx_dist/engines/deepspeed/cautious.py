@@ -53,7 +53,7 @@ def prepare(
     """
     settings = block.on.cautious
     if isinstance(optimizer, Optimizer):
-        return _settled(optimizer, settings)
+        return _ready_for_partitions(optimizer, settings)
     if optimizer is not None:
         make = optimizer
     elif settings is not None and block.config.get("optimizer") is None:
@@ -66,7 +66,7 @@ def prepare(
         make = _configured(block.config.get("optimizer"), settings)
     else:
         return None
-    return lambda params: _settled(make(params), settings)
+    return lambda params: _ready_for_partitions(make(params), settings)
 
 
 def attach(engine: Any) -> None:
@@ -97,7 +97,7 @@ def _undo_first_step(holder: Any, optimizer: Optimizer) -> None:
             master.data.copy_(param.data)
 
 
-def _settled(optimizer: Optimizer, settings: CautiousConfig | None) -> Optimizer:
+def _ready_for_partitions(optimizer: Optimizer, settings: CautiousConfig | None) -> Optimizer:
     """The optimizer, made cautious if ``settings`` say so, and ready to be given partitions."""
     made = optimizer if settings is None else _cautious_form(optimizer, settings)
     if isinstance(made, CautiousOptimizer | CautiousWrapper) and made.shard_map is None:
@@ -149,11 +149,7 @@ def _replaced(
     """``form`` over the groups of ``optimizer``, which is left with the same groups, state and hooks: a
     learning rate scheduler that the user made over it goes on setting the learning rate.
     """
-    made = form(
-        optimizer.param_groups,
-        cautious_weight_decay=settings.cautious_weight_decay,
-        implementation=settings.implementation,
-    )
+    made = form(optimizer.param_groups, **settings.model_dump(exclude={"enabled"}))
     made._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
     made._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
 
@@ -192,14 +188,10 @@ def _configured_lion(
     name: str, options: Mapping[str, Any], settings: CautiousConfig
 ) -> OptimizerMaker:
     _check_options(name, options, DeepSpeedCPULion)
-    ours = {"lr": 1e-3, "betas": (0.9, 0.999), **options}  # DeepSpeed's defaults
+    ours: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), **options}  # DeepSpeed's defaults
     ours.pop("fp32_optimizer_states", None)  # as the moments here are
-    return lambda params: CautiousLion(
-        params,
-        **ours,
-        cautious_weight_decay=settings.cautious_weight_decay,
-        implementation=settings.implementation,
-    )
+    ours |= settings.model_dump(exclude={"enabled"})
+    return lambda params: CautiousLion(params, **ours)
 
 
 def _configured_adam(name: str, options: dict[str, Any]) -> Callable[..., Optimizer]:

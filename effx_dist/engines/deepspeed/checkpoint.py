@@ -278,11 +278,9 @@ class EngineCheckpoints(RunCheckpoints):
             )
         tree_to_json(client_state, "client_state", {})  # refuses by path what cannot be kept
         engine = self._engine
+        names = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
         counters = {
-            "global_steps": int(engine.global_steps),
-            "global_samples": int(engine.global_samples),
-            "skipped_steps": int(engine.skipped_steps),
-            "micro_steps": int(engine.micro_steps),
+            **{name: int(getattr(engine, name)) for name in names},
             "dp_world_size": int(engine.seq_dp_world_size),
             "mp_world_size": int(engine.mp_world_size),
             "zero_stage": int(engine.zero_optimization_stage()),
