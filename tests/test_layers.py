@@ -21,7 +21,7 @@ MAX_PUBLIC_NAMES = 12
 
 # Each unit may import itself and what stands above it here; units in one line are peers.
 LAYERS = [
-    ["version", "forwarded"],
+    ["version", "forwarded", "former_paths"],
     ["errors", "launchers"],
     ["config"],
     ["native"],

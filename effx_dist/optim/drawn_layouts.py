@@ -73,6 +73,10 @@ class DrawnLayouts:
         self.__init__(_lost_shard_map if state["has_source"] else None)  # type: ignore[misc]
 
 
+Layouts = DrawnLayouts
+"""The name in the pickles of earlier releases."""
+
+
 def _refuse_strangers(
     groups: Iterable[Mapping[str, Any]], given: Mapping[int, ReferenceType[torch.Tensor]]
 ) -> None:

@@ -1,8 +1,7 @@
 """Who holds which box of which whole tensor, and how the holders talk to each other."""
 
-import sys
-
-from effx_dist.shard import group as mesh
+from effx_dist.former_paths import keep_former_paths
+from effx_dist.shard import group, piece
 from effx_dist.shard.box import Box, boxes_to_flat_range, flat_range_to_boxes, flat_start, whole_box
 from effx_dist.shard.group import Group, SoloGroup, TorchGroup, as_group, separate_group
 from effx_dist.shard.mpi_group import MpiGroup
@@ -24,4 +23,4 @@ from effx_dist.shard.piece import (
 from effx_dist.shard.store_group import Rendezvous, StoreGroup, meet
 from effx_dist.shard.worker import Worker
 
-sys.modules[f"{__name__}.mesh"] = mesh  # a path that the documentation has named
+keep_former_paths(__name__, mesh=group, rows=piece)

@@ -138,6 +138,7 @@ _OTHER_SAMPLES = _Refusal(
     "chooses the samples, as effx.infobatch does; switch one of them off",
 )
 
+_NEEDS_CPU_ADAM = "needs DeepSpeedCPUAdam; must be false (effx.cautious steps float32 masters)"
 _NO_CAUTIOUS_STEP = (
     _Refusal(
         f"{_OFFLOAD}.ratio",
@@ -145,16 +146,8 @@ _NO_CAUTIOUS_STEP = (
         "steps the rest by torch's AdamW, which is not cautious; must be 1.0",
     ),
     *(
-        _Refusal(
-            path,
-            bool,
-            "needs DeepSpeedCPUAdam; must be false (effx.cautious steps float32 masters)",
-        )
-        for path in (
-            "bf16.bf16_master_weights_and_grads",
-            "bfloat16.bf16_master_weights_and_grads",
-            "fp16.fp16_master_weights_and_grads",
-        )
+        _Refusal(f"{section}.{dtype}_master_weights_and_grads", bool, _NEEDS_CPU_ADAM)
+        for section, dtype in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"))
     ),
     _Refusal(
         "torch_autocast",
