@@ -208,3 +208,12 @@ def test_a_pickled_copy_leaves_its_peers_behind() -> None:
             copy.set_epoch(1)
 
     run_ranks(2, body)
+
+
+def test_a_group_that_breaks_is_no_answer_of_a_peers() -> None:
+    class Broken(SoloGroup):
+        def all_gather_object(self, value: Any) -> Any:
+            raise RuntimeError("connection reset by peer")
+
+    with pytest.raises(RuntimeError, match="connection reset"):
+        Peers((Broken(),), is_reporter=True, has_losses=True).agree(None)

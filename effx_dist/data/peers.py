@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effx_dist.errors import ConfigError
+from effx_dist.errors import ConfigError, RankFailedError
 from effx_dist.shard import Group, SoloGroup
 from effx_dist.shard.group import ReduceOp
 
@@ -45,9 +45,9 @@ class Peers:
         """
         for group in self.groups:
             try:
-                counts = group.tell_all(error, consumed)
-            except Exception as told:  # this rank's own, or one that names a peer
-                error = told
+                counts = group.tell_all(error, consumed, keep_own_error=False)
+            except RankFailedError as told:  # names the peers that failed
+                error = error or told
                 continue
             if min(counts) < max(counts):
                 error = ConfigError(

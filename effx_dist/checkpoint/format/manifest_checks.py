@@ -3,7 +3,7 @@
 A manifest may be damaged or hostile: names stay inside the folder, boxes tile their tensor, and blocks
 lie apart in their files. How much memory a load takes is not for a manifest to say: values are decoded
 block by block into tensors that the caller has; what is made because a manifest names it is bounded
-(``bounds.py``).
+(``whole_tensors.py``).
 
 A writer runs the same checks on what it is about to publish: whatever is committed is accepted by a reader.
 """

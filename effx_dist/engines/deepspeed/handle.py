@@ -92,23 +92,22 @@ class Handle(DataFeed):
         sampler: that of the loader that was made last; None before, and where InfoBatch is off.
         metrics: what goes to the engine's monitor.
         checkpoints: what ``engine.save_checkpoint`` and ``load_checkpoint`` go to; None where excp is off.
-        last_save: the save that ``engine.save_checkpoint`` began last, to wait for or to ask for its figures.
     """
 
     def __init__(self, engine: Any, config: EffxConfig) -> None:
         super().__init__(engine, config.infobatch)
         self.config = config
         self.metrics = MonitorMetrics(engine, lambda: self.sampler, lambda: self.alignment)
-        self.last_save: PendingSave | None = None
         self.checkpoints = (
-            EngineCheckpoints(engine, config.on.excp, lambda: self.sampler, self._saved)
+            EngineCheckpoints(engine, config.on.excp, lambda: self.sampler, self.metrics.saved)
             if config.on.excp is not None
             else None
         )
 
-    def _saved(self, pending: PendingSave) -> None:
-        self.last_save = pending
-        self.metrics.saved(pending)
+    @property
+    def last_save(self) -> PendingSave | None:
+        """The save that ``engine.save_checkpoint`` began last, to wait for or to ask for its figures."""
+        return None if self.checkpoints is None else self.checkpoints.last_save
 
     @property
     def alignment(self) -> dict[str, float]:

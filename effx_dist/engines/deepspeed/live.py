@@ -136,14 +136,14 @@ class ZeroState(LiveState):
     def _by_name(self) -> StateByName:
         return {
             plain_name(whole.name): state_leaves(
-                self._state_of(partition),
+                state,
                 partition.flat,
                 partial(fragment_of, whole, pieces),
                 partial(_shared_value, whole.name),
             )
             for partition in self._partitions
+            if (state := self._state_of(partition))
             for whole, pieces in partition.held
-            if self._state_of(partition)
         }
 
 

@@ -200,16 +200,16 @@ class MegatronState(LiveState):
         return not any(known.group_index >= 0 for known in self._layout.known_tensors)
 
     def _fragment(self, param: MainParam, local: torch.Tensor) -> Fragment:
-        held = [(piece.box, piece.view(local.detach())) for piece in param.pieces]
-        return self._of_pieces(param.local, local.dtype, held)
+        return self._of_pieces(param.local, param.pieces, local.detach())
 
     def _of_pieces(
-        self, local: LocalTensor, dtype: torch.dtype, held: Sequence[tuple[Box, torch.Tensor]]
+        self, local: LocalTensor, pieces: Sequence[Piece], tensor: torch.Tensor
     ) -> Fragment:
+        held = [(piece.box, piece.view(tensor)) for piece in pieces]
         shape = self._shape(local.name, local.shape)
         if shape != local.shape:
             held = _rows_below(shape[0], held)
-        return Fragment(shape, dtype, held, is_replica=not local.is_main)
+        return Fragment(shape, tensor.dtype, held, is_replica=not local.is_main)
 
     def _as_it_is(self, local: LocalTensor) -> Fragment:
         """A tensor that no optimizer steps."""
@@ -220,8 +220,7 @@ class MegatronState(LiveState):
             tensor = wide
         whole = WholeTensor(local.name, local.shape)
         pieces = [Piece(whole, box, local_start) for box, local_start in local.boxes]
-        held = [(piece.box, piece.view(tensor)) for piece in pieces]
-        return self._of_pieces(local, tensor.dtype, held)
+        return self._of_pieces(local, pieces, tensor)
 
     def _by_name(self) -> StateByName:
         found: StateByName = {}

@@ -155,9 +155,8 @@ class PretrainHooks:
     def _make_sampler(self, handle: Handle) -> None:
         if self._given is None:
             raise ConfigError("effx.infobatch: is on, so pretrain_hooks needs the train_dataset")
-        is_made = hasattr(
-            type(self._given), "__getitem__"
-        )  # looked up in the type: a data set's class is called, too
+        # looked up in the type: a data set's class has it too, and makes one
+        is_made = hasattr(type(self._given), "__getitem__")
         self._dataset = self._given if is_made else self._given()
         arguments = self._arguments()
         sampler = handle.make_sampler(
