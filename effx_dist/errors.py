@@ -25,6 +25,15 @@ class ConfigError(EffxError, ValueError):
     """
 
 
+class PlanNotTrainedError(EffxError, RuntimeError):
+    """What InfoBatch planned for an epoch is not what was trained.
+
+    Samples of the plan were never weighed, others were, or an epoch was never set: mostly because a
+    framework stands between the sampler and the loop. Every rank raises it. The message names the
+    epoch, the counts, the likely cause and the remedy.
+    """
+
+
 class LayoutMismatchError(EffxError, ValueError):
     """What a rank holds does not fit the whole tensor, or does not fit what a checkpoint stores.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,9 @@ def consume(
     sampler: InfoBatchSampler, losses_of: LossOf, num_batches: int | None = None
 ) -> list[int]:
     """Weigh the rest of the epoch, or ``num_batches`` micro-batches of it; return the ids."""
-    ids = list(sampler)
     size = sampler.batch_size
-    batches = [ids[i : i + size] for i in range(0, len(ids), size)][:num_batches]
+    ids = list(islice(sampler, None if num_batches is None else num_batches * size))
+    batches = [ids[i : i + size] for i in range(0, len(ids), size)]
     for batch in batches:
         losses = torch.from_numpy(losses_of(sampler.epoch, np.array(batch)))
         sampler.weigh(losses, torch.tensor(batch))
@@ -97,3 +98,10 @@ def make(group: Group, layout: tuple[int, int, int], **settings: Any) -> InfoBat
     return InfoBatchSampler(
         batch_size=batch_size, gradient_accumulation_steps=num_accumulated, group=group, **settings
     )
+
+
+def recorded(sampler: InfoBatchSampler) -> dict[int, float]:
+    """Losses that this rank has recorded in this epoch, by sample; those before a load left out."""
+    losses = sampler.state_dict()["recorded"].local.numpy()
+    ids = sampler.plan.local_ids
+    return {int(i): float(x) for i, x in zip(ids, losses, strict=True) if not np.isnan(x)}

@@ -150,9 +150,10 @@ def _mask(ids: Iterable[int]) -> torch.Tensor:
 
 
 def _as_lists(state: dict[str, Any]) -> dict[str, Any]:
-    rows = {name: state[name] for name in ("scores", "fresh_losses")}
+    told = {name: value for name, value in state.items() if name not in ("recorded", "progress")}
+    rows = {name: told[name] for name in ("scores", "fresh_losses")}
     bits = {name: rows[name].local.view(torch.int32).tolist() for name in rows}
-    return {**state, **bits}
+    return {**told, **bits}
 
 
 @contextmanager
@@ -190,7 +191,7 @@ def context_parallel() -> tuple[torch.Tensor, ...]:
         torch.distributed.all_reduce(gradient, group=group)
         gradient /= group.size()  # as DistributedDataParallel averages
         states = sampler.state_dict()
-        assert states["position"] == GLOBAL // 2
+        assert states["consumed_samples"] == GLOBAL // 2
     means = (tokens * mask).sum(dim=1) / mask.sum(dim=1)
     return losses.detach(), 1.5 * means[rows], gradient, means.mean()
 

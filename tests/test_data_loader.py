@@ -85,7 +85,7 @@ def test_spawned_workers_that_fetch_ahead_and_a_resume_in_mid_epoch() -> None:
         return sampler, loader
 
     sampler, loader = build()
-    expected = list(sampler)
+    expected = sampler.plan.local_ids.tolist()
     batches, seen = iter(loader), []
     for _ in range(3):
         ids = next(batches)["sample_id"]

@@ -13,7 +13,13 @@ import torch
 from effx_dist.data import EffxWarning, InfoBatchSampler
 from effx_dist.data.peers import Peers
 from effx_dist.data.plan import EpochPlan
-from effx_dist.errors import ConfigError, EffxError, LayoutMismatchError, RankFailedError
+from effx_dist.errors import (
+    ConfigError,
+    EffxError,
+    LayoutMismatchError,
+    PlanNotTrainedError,
+    RankFailedError,
+)
 from effx_dist.shard import Group, SoloGroup
 from tests.data_runs import consume, merge_runs, plain_losses, train
 from tests.peer_ranks import Grid, Place, run_grid
@@ -87,7 +93,7 @@ def test_a_state_within_an_epoch_is_the_same_on_peers_and_goes_on_elsewhere(grid
         sampler.set_epoch(1)
         step_over(sampler, place, 2 * 6 // grid.dp)
         state = sampler.state_dict()
-        assert sampler.position == state["position"] == 48
+        assert sampler.position == 48
         return state
 
     by_peer = run_grid(grid, save)
@@ -95,7 +101,10 @@ def test_a_state_within_an_epoch_is_the_same_on_peers_and_goes_on_elsewhere(grid
     for others in by_peer[1:]:
         for state, other in zip(states, others, strict=True):
             for name, value in state.items():
-                if name in ("scores", "fresh_losses"):
+                if name in ("recorded", "progress"):
+                    assert len(value.local)
+                    assert not len(other[name].local)  # the reporter's alone count
+                elif name in ("scores", "fresh_losses"):
                     assert value.start == other[name].start
                     assert torch.equal(
                         value.local.view(torch.int32), other[name].local.view(torch.int32)
@@ -132,13 +141,13 @@ def test_an_unknown_id_on_the_reporter_is_an_error_on_every_rank() -> None:
         sampler.set_epoch(0)
         step_over(sampler, place)
         if place.peers.is_reporter and place.data.rank == 1:
-            assert sampler._recorder is not None
-            absent = torch.tensor([0])
-            sampler._recorder._note_unknown(absent, absent == 0)  # as on an accelerator
+            assert sampler._run is not None
+            last = torch.tensor([len(sampler.plan.local_ids)])
+            sampler._run.recorder._note_strays(last * 0, last, None)  # as on an accelerator
         sampler.set_epoch(1)
 
     errors = errors_of(grid, body)
-    assert isinstance(errors[0][1], ConfigError)
+    assert isinstance(errors[0][1], PlanNotTrainedError)
     others = [error for peers in errors for error in peers if error is not errors[0][1]]
     assert len(others) == 7
     assert all(isinstance(error, RankFailedError) for error in others)
@@ -151,7 +160,7 @@ def test_peers_that_consumed_unequal_numbers_are_told(grid: Grid) -> None:
         sampler = make(place, grid.dp)
         sampler.set_epoch(0)
         step_over(sampler, place, 3 if place.peers.is_reporter else 2)
-        sampler.state_dict()
+        sampler.set_epoch(1)
 
     for peers in errors_of(grid, body):
         for error in peers:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effx_dist.data import EffxWarning, InfoBatchSampler
-from effx_dist.errors import ConfigError, EffxError, RankFailedError
+from effx_dist.errors import ConfigError, EffxError, PlanNotTrainedError, RankFailedError
 from tests.data_runs import (
     LAYOUTS,
     LossOf,
@@ -22,6 +22,7 @@ from tests.data_runs import (
     make,
     merge_runs,
     plain_losses,
+    recorded,
     train,
 )
 from tests.thread_ranks import run_ranks
@@ -115,11 +116,11 @@ def test_a_pad_with_a_nan_loss_and_its_sample_in_one_batch() -> None:
     assert loss.isfinite()
     assert losses.grad is not None
     assert torch.equal(losses.grad, weights / 8)
-    state = sampler.state_dict()
-    expected = torch.empty(3).index_put_(
-        (torch.from_numpy(ids)[weights > 0],), losses.detach()[weights > 0]
-    )
-    assert torch.equal(state["fresh_losses"].local, expected)
+    expected = dict(zip(ids.tolist(), losses.tolist(), strict=True))
+    is_real = dict(zip(ids.tolist(), (weights > 0).tolist(), strict=True))
+    assert recorded(sampler).keys() == is_real.keys() == expected.keys()
+    real = {int(i): float(x) for i, x, w in zip(ids, losses.tolist(), weights, strict=True) if w}
+    assert recorded(sampler) == real
     assert sampler.num_nonfinite == 0
 
 
@@ -146,7 +147,9 @@ def test_threshold_is_the_same_however_samples_are_numbered() -> None:
 def test_epochs_advance_by_themselves_and_end() -> None:
     sampler = InfoBatchSampler(96, batch_size=8, num_epochs=3)
     assert len(sampler) == 96
-    assert list(sampler) == list(sampler)  # nothing weighed: the same again, from a fresh iterator
+    first = list(sampler)
+    with pytest.warns(EffxWarning, match="none of it was weighed"):
+        assert list(sampler) == first  # the same again, from a fresh iterator
     consume(sampler, plain_losses)
     assert sampler.finished_epochs == 1
     assert sampler.progress == 1.0
@@ -155,7 +158,9 @@ def test_epochs_advance_by_themselves_and_end() -> None:
     assert len(ids) == len(sampler) < 96
     assert sampler.samples_saved == 96 - round(sampler.kept_fraction * 96)
     sampler.set_epoch(1)
-    assert list(sampler) == []  # set by hand: the finished epoch has nothing left
+    with pytest.raises(PlanNotTrainedError, match=r"call set_epoch\(2\)"):
+        iter(sampler)
+    sampler._was_epoch_set = False
     consume(sampler, plain_losses)
     assert (sampler.epoch, sampler.finished_epochs, sampler.kept_fraction) == (2, 3, 1.0)
     with pytest.warns(EffxWarning, match="beyond num_epochs=3"):
@@ -165,14 +170,14 @@ def test_epochs_advance_by_themselves_and_end() -> None:
 def test_set_epoch_of_the_current_epoch_changes_nothing() -> None:
     sampler = InfoBatchSampler(96, batch_size=8)
     sampler.set_epoch(0)
-    rest = list(sampler)[16:]
+    rest = sampler.plan.local_ids.tolist()[16:]
     consume(sampler, plain_losses, num_batches=2)
     sampler.set_epoch(0)
     assert (sampler.position, list(sampler)) == (16, rest)
 
 
 def test_nonfinite_losses_keep_their_samples_are_counted_and_warned_of_once() -> None:
-    sampler = InfoBatchSampler(960, batch_size=8, num_epochs=6, prune_ratio=0.9)
+    sampler = InfoBatchSampler(960, batch_size=8, num_epochs=6, prune_ratio=0.9, max_weight=4)
     bad = {i for i in range(960) if not np.isfinite(faulty_losses(0, np.array([i]))[0])}
     consume(sampler, faulty_losses)
     with pytest.warns(EffxWarning, match="NaN or infinite") as caught:
@@ -191,7 +196,7 @@ def test_nonfinite_losses_keep_their_samples_are_counted_and_warned_of_once() ->
 
 
 def test_a_loss_that_becomes_nonfinite_takes_the_old_score_away() -> None:
-    sampler = InfoBatchSampler(960, batch_size=1, num_epochs=6, prune_ratio=0.9)
+    sampler = InfoBatchSampler(960, batch_size=1, num_epochs=6, prune_ratio=0.9, max_weight=4)
     easy = set(range(0, 960, 2))
 
     def losses_of(epoch: int, ids: np.ndarray) -> np.ndarray:
@@ -258,7 +263,7 @@ def test_pruning_switched_off_is_not_warned_of() -> None:
 
 
 def test_a_pruned_epoch_below_one_global_batch_is_not_pruned() -> None:
-    sampler = InfoBatchSampler(100, batch_size=96, prune_ratio=0.9)
+    sampler = InfoBatchSampler(100, batch_size=96, prune_ratio=0.9, max_weight=4)
     ids = sampler.plan.local_ids
     sampler.weigh(torch.from_numpy(plain_losses(0, ids)), ids.tolist())
     with pytest.warns(EffxWarning, match="fewer than one global batch of 96"):
@@ -339,15 +344,15 @@ def test_one_rank_with_foreign_ids_is_named_everywhere() -> None:
         sampler = make(group, (2, 4, 1), num_samples=96)
         consume(sampler, plain_losses)
         if group.rank == 1:
-            sampler._recorder._note_unknown(
-                torch.tensor([4, 77, 5000]), torch.tensor([False, True, True])
+            sampler._run.recorder._note_strays(
+                torch.tensor([4, 77, 5000]), torch.tensor([0, 48, 48]), None
             )
         with pytest.raises(EffxError) as caught:
             sampler.set_epoch(1)
         return caught.value
 
     other, own = run_ranks(2, body)
-    assert isinstance(own, ConfigError)
+    assert isinstance(own, PlanNotTrainedError)
     assert "77, 5000" in str(own)
     assert isinstance(other, RankFailedError)
     assert list(other.failures) == [1]

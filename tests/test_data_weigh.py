@@ -8,8 +8,8 @@ import torch
 
 from effx_dist.data import InfoBatchSampler
 from effx_dist.data.recorder import LossRecorder
-from effx_dist.errors import ConfigError
-from tests.data_runs import consume, plain_losses
+from effx_dist.errors import ConfigError, PlanNotTrainedError
+from tests.data_runs import consume, plain_losses, recorded
 
 
 def _pruned(num_samples: int = 960, **settings) -> InfoBatchSampler:
@@ -18,11 +18,6 @@ def _pruned(num_samples: int = 960, **settings) -> InfoBatchSampler:
     consume(sampler, plain_losses)
     sampler.set_epoch(1)
     return sampler
-
-
-def _recorded(sampler: InfoBatchSampler) -> dict[int, float]:
-    fresh = sampler.state_dict()["fresh_losses"].local
-    return {i: fresh[i].item() for i in (~fresh.isnan()).nonzero().flatten().tolist()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -41,8 +36,7 @@ def test_value_and_gradient_against_a_double_oracle(dtype: torch.dtype) -> None:
     tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-6)
     assert raw.grad is not None
     torch.testing.assert_close(raw.grad.double(), expected, rtol=tolerance, atol=0)
-    recorded = _recorded(sampler)
-    assert recorded == dict(zip(ids, raw.detach().square().float().tolist(), strict=True))
+    assert recorded(sampler) == dict(zip(ids, raw.detach().square().float().tolist(), strict=True))
 
 
 def test_losses_are_not_changed_in_place() -> None:
@@ -66,19 +60,18 @@ def test_any_order_any_batching_and_any_integers(ids_dtype: torch.dtype) -> None
         torch.testing.assert_close(mine, (torch.from_numpy(weights[part]) * losses).mean())
     assert sampler.num_remaining == 0
     expected = dict(zip(ids.tolist(), plain_losses(1, ids).tolist(), strict=True))
-    assert _recorded(sampler) == expected
+    assert recorded(sampler) == expected
 
 
 def test_ids_beyond_float32_and_float64_are_exact() -> None:
     ids = np.array([2**24 + 1, 2**24, 2**53 + 1, 2**53], dtype=np.int64)
     recorder = LossRecorder(ids, np.ones(4, dtype=np.float32))
-    recorder.weigh(torch.tensor([1.0, 2.0]), torch.tensor([2**53 + 1, 2**24 + 1]), consumed=0)
-    taken_ids, losses = recorder.take()
+    recorder.weigh(torch.tensor([1.0, 2.0]), torch.tensor([2**53 + 1, 2**24 + 1]))
+    taken_ids, losses = recorder.taken()
     assert dict(zip(taken_ids.tolist(), losses.tolist(), strict=True)) == {
         2**53 + 1: 1,
         2**24 + 1: 2,
     }
-    assert len(recorder.take()[0]) == 0
 
 
 def test_accumulated_micro_batches_are_the_large_batch() -> None:
@@ -97,8 +90,7 @@ def test_the_place_of_a_pad_tells_it_from_its_sample() -> None:
     for start in range(0, 48, 16):
         losses = torch.arange(start, start + 16.0)
         sampler.weigh(losses, ids[start : start + 16].tolist())
-    recorded = _recorded(sampler)
-    assert recorded == {
+    assert recorded(sampler) == {
         int(i): float(p) for p, (i, w) in enumerate(zip(ids, weights, strict=True)) if w
     }
 
@@ -107,8 +99,8 @@ def test_the_device_path_finds_the_same_places() -> None:
     """The look-up that ids on an accelerator take, which never asks the host, run here on the host."""
     sampler = InfoBatchSampler(40, batch_size=16, drop_last=False)
     sampler.set_epoch(0)
-    recorder, ids = sampler._recorder, torch.from_numpy(sampler.plan.local_ids)
-    assert recorder is not None
+    assert sampler._run is not None
+    recorder, ids = sampler._run.recorder, torch.from_numpy(sampler.plan.local_ids)
     everywhere = torch.arange(48)
     assert torch.equal(recorder._match(ids, everywhere), everywhere)  # pads, too, by their place
     is_real = torch.from_numpy(sampler.plan.local_weights) > 0
@@ -117,9 +109,9 @@ def test_the_device_path_finds_the_same_places() -> None:
     expected = torch.arange(16, 24)
     foreign = torch.tensor([-1, 10**15, int(ids[3])])
     assert recorder._match(foreign, expected[:3]).tolist() == [len(ids), len(ids), 3]
-    recorder._note_unknown(foreign, torch.tensor([True, True, False]))
-    recorder._note_unknown(foreign, torch.tensor([False, False, False]))
-    with pytest.raises(ConfigError, match="-1, 1000000000000000"):
+    recorder._note_strays(foreign, torch.tensor([48, 48, 3]), None)
+    recorder._note_strays(foreign[2:], torch.tensor([3]), None)
+    with pytest.raises(PlanNotTrainedError, match="-1, 1000000000000000"):
         sampler.state_dict()
 
 

@@ -23,6 +23,7 @@ MAX_PUBLIC_NAMES = 12
 LAYERS = [
     ["version", "forwarded", "former_paths"],
     ["errors", "launchers"],
+    ["config_files"],
     ["config"],
     ["native"],
     ["core", "codecs"],

@@ -11,6 +11,8 @@ histogram) is split into a local part, which callers merge, and a part that read
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +24,8 @@ DROPPED, PLAIN, RESCALED, PAD = 0, 1, 2, 3
 NUM_STRETCHES = 40
 MIN_STRETCH_SAMPLES = 8
 STALENESS_BOUND = 0.2
+LOPSIDED_BOUND = 0.9
+HEAVY_WEIGHT = 4.0
 _MIN_STALENESS_SAMPLES = 400
 
 _DIGIT_BITS = 16
@@ -29,20 +33,28 @@ NUM_DIGITS = 1 << _DIGIT_BITS
 _SIGN = np.uint32(0x80000000)
 
 
-def is_full_epoch(epoch: int, num_epochs: int, delta: float) -> bool:
+FullEpochs = Literal["rounded", "official"]
+
+
+def is_full_epoch(
+    epoch: int, num_epochs: int, delta: float, counted: FullEpochs = "rounded"
+) -> bool:
     """Whether ``epoch`` (from 0) uses all samples with weight 1.
 
-    That is the first epoch, for want of scores, and the last ``max(1, round((1 - delta) * num_epochs))`` ones (the
-    paper's equation 8), none if ``delta`` is 1. Epochs beyond ``num_epochs`` are full as well.
+    That is the first epoch, for want of scores, and the last ones (the paper's equation 8), none if ``delta`` is 1.
+    "rounded": ``max(1, round((1 - delta) * num_epochs))`` of them. "official": as the authors' code counts, which
+    prunes the epochs with ``epoch + 1 <= delta * num_epochs``. Epochs beyond ``num_epochs`` are full as well.
     """
     if epoch == 0 or epoch >= num_epochs:
         return True
+    if counted == "official":
+        return epoch + 1 > delta * num_epochs
     return delta < 1 and epoch >= num_epochs - max(1, round((1 - delta) * num_epochs))
 
 
-def full_epochs(num_epochs: int, delta: float) -> tuple[int, ...]:
+def full_epochs(num_epochs: int, delta: float, counted: FullEpochs = "rounded") -> tuple[int, ...]:
     """The epochs of a run that use all samples, ascending."""
-    return tuple(e for e in range(num_epochs) if is_full_epoch(e, num_epochs, delta))
+    return tuple(e for e in range(num_epochs) if is_full_epoch(e, num_epochs, delta, counted))
 
 
 def roles(
@@ -61,9 +73,15 @@ def roles(
     return role
 
 
-def weight_table(prune_ratio: float) -> npt.NDArray[np.float32]:
-    """Weight of each role: ``[0, 1, 1 / (1 - r), 0]``, float32."""
-    return np.array([0, 1, 1 / (1 - prune_ratio), 0], dtype=np.float32)
+def weight_table(prune_ratio: float, max_weight: float | None = None) -> npt.NDArray[np.float32]:
+    """Weight of each role: ``[0, 1, 1 / (1 - r), 0]``, float32; the third at most ``max_weight`` where that is given.
+
+    A cap below ``1 / (1 - r)`` is biased: samples below the threshold then count ``max_weight * (1 - r)`` times what
+    they count in all the data, in expectation.
+    """
+    weight = 1 / (1 - prune_ratio)
+    capped = weight if max_weight is None else min(weight, max_weight)
+    return np.array([0, 1, capped, 0], dtype=np.float32)
 
 
 def num_stretches(num_slots: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from effx_dist.core.infobatch import STALENESS_BOUND
+from effx_dist.core.infobatch import LOPSIDED_BOUND, STALENESS_BOUND
 from effx_dist.shard import Group
 
 
@@ -71,3 +71,33 @@ class Messages:
             f"was visited (bound: {STALENESS_BOUND:.0%}), not by how hard it is, so samples would be pruned nearly at "
             'random. Use score="relative", which compares each loss with the mean of the same stretch of training',
         )
+
+    def lopsided_mean(self, group: Group, epoch: int, threshold: float, share_below: float) -> None:
+        """A few very large scores decide the mean; nothing is said up to `LOPSIDED_BOUND`."""
+        if share_below > LOPSIDED_BOUND:
+            self._say(
+                group,
+                "lopsided_mean",
+                f"{share_below:.1%} of the samples have a score below the mean, {threshold:.4g}, that epoch {epoch} "
+                f"is pruned by (bound: {LOPSIDED_BOUND:.0%}): a few very large losses decide it, and nearly everything "
+                "may be left out. Use a quantile, such as threshold=0.6, which they do not move",
+            )
+
+    def heavy_weight(self, group: Group, prune_ratio: float, weight: float) -> None:
+        """Kept samples weigh much more than others."""
+        self._say(
+            group,
+            "heavy_weight",
+            f"prune_ratio={prune_ratio}: low-loss samples that are kept weigh {weight:.3g}, others 1, so gradients are "
+            "noisy: such runs diverged at the learning rate at which training on everything was at its best. Use a "
+            f"lower rate, a lower prune_ratio, or max_weight (for instance 2, with which those samples count "
+            f"{2 * (1 - prune_ratio):.2g} of what they count in all the data)",
+        )
+
+    def out_of_plan(self, group: Group, text: str) -> None:
+        """What is trained is not what was planned."""
+        self._say(group, "out_of_plan " + text[:24], text)
+
+    def of_state(self, group: Group, text: str) -> None:
+        """What is odd about a state that was loaded."""
+        self._say(group, "of_state", text)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
+from effx_dist.data.surroundings import parallel_sizes
 from effx_dist.errors import ConfigError, RankFailedError
-from effx_dist.shard import Group, SoloGroup
+from effx_dist.shard import Group, SoloGroup, as_group
 from effx_dist.shard.group import ReduceOp
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,25 @@ class Peers:
     def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
         return self  # groups of ranks are not copied
 
-    def agree(self, error: Exception | None, consumed: int = 0) -> Exception | None:
-        """This rank's ``error``; else one that tells of a peer's; else one if not all have ``consumed`` the same.
+    def agree(
+        self, error: Exception | None, consumed: int = 0, has_ended: bool = False
+    ) -> Exception | None:
+        """This rank's ``error``; else one that tells of a peer's; else one if not all have ``consumed`` the same, or
+        some and not all have ended the epoch.
 
         None on all peers, or an error on all. One small gather a group.
         """
         for group in self.groups:
             try:
-                counts = group.tell_all(error, consumed, keep_own_error=False)
+                told_all = group.tell_all(error, (consumed, has_ended), keep_own_error=False)
             except RankFailedError as told:  # names the peers that failed
                 error = error or told
                 continue
+            counts = [count for count, _ in told_all]
+            if len({ended for _, ended in told_all}) > 1:
+                error = ConfigError(
+                    "end_epoch: was called on some of the ranks that get the same samples; call it on all"
+                )
             if min(counts) < max(counts):
                 error = ConfigError(
                     f"{', '.join(map(str, counts))} samples of the epoch were consumed by the ranks that get the same "
@@ -63,8 +76,13 @@ class Peers:
         """What the reporter has recorded, on every peer. Two all-to-alls a group."""
         if not self.groups:
             return ids, losses
-        num_told = len(ids) if self.is_reporter else 0
-        return self._spread(ids[:num_told]), self._spread(losses[:num_told])
+        return self.spread(ids), self.spread(losses)
+
+    def spread(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The reporter's values, on every peer. One all-to-all a group."""
+        if not self.groups:
+            return values
+        return self._spread(values if self.is_reporter else values[:0])
 
     def _spread(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """One peer's values, on all peers; the others give empty arrays."""
@@ -103,3 +121,60 @@ class DetachedGroup(Group):
 def detached(group: Group) -> Group:
     """What stands in for ``group`` in a copy: one process alone is its own."""
     return group if isinstance(group, SoloGroup) else DetachedGroup(group.rank, group.size)
+
+
+_DATA_DIMENSIONS = (
+    "dp",
+    "data",
+    "dp_replicate",
+    "dp_shard",
+    "fsdp",
+    "replicate",
+    "shard",
+    "dp_shard_cp",
+)
+
+
+def data_ranks(
+    group: Group | ProcessGroup | DeviceMesh | None, peers: Peers | None
+) -> tuple[Group, Peers]:
+    """The ranks that see different samples, and those that get the same as this one.
+
+    Of a device mesh (torchtitan's, or ``accelerator.torch_device_mesh``) the dimensions named dp, data, dp_replicate,
+    dp_shard, fsdp, replicate and shard are data-parallel; ranks along all others (tensor, context, sequence, pipeline
+    parallel) are peers, of which the first reports.
+
+    Raises:
+        ConfigError: ``group`` is None, and accelerate has a mesh with other than data-parallel dimensions.
+    """
+    if isinstance(group, DeviceMesh):
+        return _of_mesh(group, peers)
+    if group is None:
+        others = {n: s for n, s in parallel_sizes().items() if s > 1 and n not in _DATA_DIMENSIONS}
+        if others:
+            raise ConfigError(
+                f"group=None: stands for all ranks, and accelerate's ParallelismConfig has {others}, along which ranks "
+                "must get the same samples; pass group=accelerator.torch_device_mesh"
+            )
+    return as_group(group), peers if peers is not None else Peers()
+
+
+def _of_mesh(mesh: DeviceMesh, peers: Peers | None) -> tuple[Group, Peers]:
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise ConfigError(
+            "group: is a device mesh without names; pass the data-parallel process group of it"
+        )
+    data = tuple(name for name in names if name in _DATA_DIMENSIONS and mesh[name].size() > 1)
+    same = tuple(name for name in names if name not in _DATA_DIMENSIONS and mesh[name].size() > 1)
+    if not data:
+        data_group: Group = SoloGroup()
+    else:
+        flat = mesh[data] if len(data) == 1 else mesh[data]._flatten()
+        data_group = as_group(flat.get_group())
+    if peers is None:
+        is_first = all(mesh[name].get_local_rank() == 0 for name in same)
+        peers = Peers(
+            tuple(as_group(mesh[name].get_group()) for name in same), is_reporter=is_first
+        )
+    return data_group, peers

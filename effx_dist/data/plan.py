@@ -7,8 +7,7 @@ rank of its slot. Time and memory per rank are O(num_samples / ranks), and nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +17,32 @@ from effx_dist.config import InfoBatchConfig
 from effx_dist.core.counter_random import stream_key
 from effx_dist.core.infobatch import (
     DROPPED,
-    PAD,
     PLAIN,
+    RESCALED,
     is_full_epoch,
     roles,
     stretch_of_slots,
     weight_table,
 )
-from effx_dist.core.permutation import permute
+from effx_dist.data.exchange import OwnedSlots, exchange, exclusive_scan, scan_and_sum
 from effx_dist.data.messages import Messages
 from effx_dist.data.scores import ScoreBook
-from effx_dist.data.slots import Batches, Owners, Ranks, Span
+from effx_dist.data.slots import Batches, Ranks, Span
 from effx_dist.errors import LayoutMismatchError
-from effx_dist.shard import Group
 
-_KEEP, _ORDER = 1, 2  # purposes of random numbers, so that they are not those of one another
-_ROLE_BITS = 2
-_BLOCK = 4096
-_INT32_LIMIT = 1 << 29  # a role and an offset below this share an int32
+_KEEP, _ORDER, _REST = 1, 2, 3  # purposes of random numbers: none are those of another
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The samples of an epoch that were left when it was taken up again, where they are no run of its slots.
+
+    They are planned anew, among themselves: the samples kept in slots below ``bound`` that no loss was recorded of,
+    permuted over the slots of ``span``.
+    """
+
+    bound: int
+    span: Span
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,126 +62,56 @@ class EpochPlan:
     """Weight of each: 1, 1 / (1 - r), or 0 for a pad; float32 ``[num_local]``."""
     owned_stretches: npt.NDArray[np.int8]
     """Stretch of the epoch in which each owned sample is visited; -1 for a dropped one. int8 ``[num_owned]``."""
+    rest: Rest | None = None
+    """Where the plan is of what was left of an epoch whose samples were weighed out of order; else None."""
+
+    @property
+    def planned(self) -> Span:
+        """The slots that the plan covers: of the epoch, or of its rest."""
+        return self.span if self.rest is None else self.rest.span
+
+    @property
+    def num_before(self) -> int:
+        """Samples of the epoch, over all ranks, that were done before this plan was made."""
+        if self.rest is None:
+            return self.span.first
+        return min(self.rest.bound, self.span.num_kept) - self.rest.span.num_kept
+
+    @property
+    def num_total(self) -> int:
+        """Samples of the whole epoch, over all ranks: those done before, and those of this plan."""
+        return self.num_before + self.planned.end - self.planned.first
 
     @property
     def local_slots(self) -> npt.NDArray[np.int64]:
-        """Slot of the epoch of each of ``local_ids``, int64 ``[num_local]``; the same slots at any world size."""
-        return self.batches.slots(len(self.local_ids)) + self.span.first
-
-    def ids_from(self, place: int) -> Iterator[int]:
-        """``local_ids`` from that place on, as Python's integers."""
-        for block in range(place, len(self.local_ids), _BLOCK):
-            yield from self.local_ids[block : block + _BLOCK].tolist()
+        """Slot of each of ``local_ids``, int64 ``[num_local]``; the same slots at any world size."""
+        return self.batches.slots(len(self.local_ids)) + self.planned.first
 
 
-def exclusive_scan(count: int, group: Group) -> tuple[int, int]:
-    """Sum of the lower ranks' ``count`` and of all ranks'. One all-reduce of ``group.size`` integers."""
-    counts = torch.zeros(group.size, dtype=torch.int64)
-    counts[group.rank] = count
-    group.all_reduce(counts)
-    return int(counts[: group.rank].sum()), int(counts.sum())
+@dataclass(frozen=True, eq=False)
+class Unfinished:
+    """An epoch that was planned and not finished, as a state tells of it."""
+
+    epoch: int
+    pruned: bool
+    span: Span
+    """The slots that the plan covered, or that its rest is of."""
+    position: int
+    """All slots before it are done."""
+    rest: Rest | None = None
+    """Where that plan was of a rest itself."""
 
 
-def exchange(
-    role: npt.NDArray[np.uint8],
-    places_before: int,
-    span: Span,
-    key: int,
-    prune_ratio: float,
-    ranks: Ranks,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int8]]:
-    """Send every kept sample to the rank of its slot. One all-to-all.
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What the keep rule says of this rank's own samples."""
 
-    Args:
-        role: What each owned sample does, uint8 ``[num_owned]``.
-        places_before: Number of samples that lower ranks keep.
-        span: The slots that are planned.
-        key: Key of the permutation, the same on every rank.
-        prune_ratio: The r of the weight 1 / (1 - r).
-        ranks: Who owns which sample, and which slot falls to which rank.
-
-    Returns:
-        `local_ids`, `local_weights` and `owned_stretches` of the `EpochPlan`.
-    """
-    slots, packed, owned_stretches = _owned_slots(role, places_before, span, key)
-    is_planned = (slots >= span.first) & (slots < span.end)
-    if not is_planned.all():
-        slots, packed = slots[is_planned], packed[is_planned]
-    num_local = (span.end - span.first) // ranks.group.size
-    is_short = max(ranks.owners.rows_per_rank, num_local) < _INT32_LIMIT
-    wire: np.dtype[np.signedinteger] = np.dtype(np.int32 if is_short else np.int64)
-    slots -= span.first
-    received = ranks.group.all_to_all(_to_ranks(slots, packed, ranks.batches, wire))
-    del slots, packed, is_planned
-    ids, weights = _unpack(received, num_local, ranks.owners, weight_table(prune_ratio))
-    return ids, weights, owned_stretches
-
-
-def _owned_slots(
-    role: npt.NDArray[np.uint8], places_before: int, span: Span, key: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int8]]:
-    """Slot and packed (offset, role) of each kept sample that this rank owns, pads included; stretch of each owned."""
-    offsets = np.flatnonzero(role != DROPPED)
-    places = np.arange(places_before, places_before + len(offsets), dtype=np.int64)
-    slots = permute(places, span.num_slots, key)
-    stretches = np.full(len(role), -1, dtype=np.int8)
-    stretches[offsets] = stretch_of_slots(slots, span.num_slots)
-    packed = offsets << _ROLE_BITS | role[offsets]
-    if span.end > span.num_kept:
-        pad_slots, repeated = _pads(span, places_before, len(offsets), key)
-        slots = np.concatenate([slots, pad_slots])
-        packed = np.concatenate([packed, offsets[repeated] << _ROLE_BITS | PAD])
-    return slots, packed, stretches
-
-
-def _pads(
-    span: Span, places_before: int, num_places: int, key: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Slots of the pads that repeat a sample of this rank, and which of its kept samples each repeats.
-
-    The pads are permuted with the samples, so every global batch gets its share of them: all in the last one would
-    leave it with few samples, and an optimizer that normalises its step would overrate those.
-    """
-    numbers = np.arange(span.end - span.num_kept, dtype=np.int64)
-    repeated = numbers * span.num_kept // len(numbers) - places_before
-    is_mine = (repeated >= 0) & (repeated < num_places)
-    slots = numbers[is_mine] + span.num_kept
-    is_permuted = slots < span.num_slots
-    slots[is_permuted] = permute(slots[is_permuted], span.num_slots, key)
-    return slots, repeated[is_mine]
-
-
-def _to_ranks(
-    slots: npt.NDArray[np.int64],
-    packed: npt.NDArray[np.int64],
-    batches: Batches,
-    wire: np.dtype[np.signedinteger],
-) -> list[torch.Tensor]:
-    """For each rank: the places of its samples, then the samples, in one 1-D tensor."""
-    rank, place = batches.place(slots)
-    order = np.argsort(rank.astype(np.uint16), kind="stable")  # a radix sort, as the type is short
-    counts = np.bincount(rank, minlength=batches.size)
-    ends = np.cumsum(counts)
-    place, packed = place.astype(wire)[order], packed.astype(wire)[order]
-    return [
-        torch.from_numpy(np.concatenate([place[end - n : end], packed[end - n : end]]))
-        for n, end in zip(counts.tolist(), ends.tolist(), strict=True)
-    ]
-
-
-def _unpack(
-    received: list[torch.Tensor], num_local: int, owners: Owners, table: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    ids = np.empty(num_local, dtype=np.int64)
-    weights = np.empty(num_local, dtype=np.float32)
-    num_filled = 0
-    for rank, message in enumerate(received):
-        place, packed = np.split(message.numpy(), 2)
-        ids[place] = (packed >> _ROLE_BITS) + np.int64(owners.start(rank))
-        weights[place] = table[packed & ((1 << _ROLE_BITS) - 1)]
-        num_filled += len(place)
-    assert num_filled == num_local, f"{num_filled} of {num_local} places filled"
-    return ids, weights
+    epoch: int
+    pruned: bool
+    threshold: float | None
+    role: npt.NDArray[np.uint8]
+    before: int
+    """Number of samples that lower ranks keep."""
 
 
 class Planner:
@@ -188,42 +125,52 @@ class Planner:
         """Whether any epoch of the run prunes. No communication is performed."""
         config = self.config
         return config.prune_ratio > 0 and not all(
-            is_full_epoch(epoch, config.num_epochs, config.delta)
-            for epoch in range(config.num_epochs)
+            self._is_full(epoch) for epoch in range(config.num_epochs)
         )
+
+    def _is_full(self, epoch: int) -> bool:
+        config = self.config
+        return is_full_epoch(epoch, config.num_epochs, config.delta, config.full_epochs)
 
     def begin(self, epoch: int, book: ScoreBook, messages: Messages) -> EpochPlan:
         """Plan all of ``epoch``. At most four small all-reduces and one all-to-all."""
         config, ranks = self.config, self.ranks
-        full = is_full_epoch(epoch, config.num_epochs, config.delta)
+        full = self._is_full(epoch)
         pruned = config.prune_ratio > 0 and not full
         threshold, role = self._roles(epoch, pruned, book)
-        before, kept = exclusive_scan(int(np.count_nonzero(role)), ranks.group)
+        num_low = int(np.count_nonzero((role == DROPPED) | (role == RESCALED)))
+        before, kept, low = scan_and_sum(int(np.count_nonzero(role)), num_low, ranks.group)
+        if threshold is not None and config.threshold == "mean":
+            messages.lopsided_mean(ranks.group, epoch, threshold, low / ranks.owners.num_samples)
         global_batch = ranks.batches.global_batch
         if config.drop_last and kept < global_batch:
             messages.too_few_kept(ranks.group, epoch, kept, global_batch)
             pruned, (threshold, role) = False, self._roles(epoch, False, book)
             before, kept = ranks.owned_start, ranks.owners.num_samples
         span = Span.of_epoch(kept, ranks.batches, config.drop_last)
-        return self._build(epoch, pruned, threshold, role, before, span)
+        kept_ones = _Kept(epoch, pruned, threshold, role, before)
+        return self._build(kept_ones, span, self._slots(kept_ones, span))
 
-    def resume(
-        self, epoch: int, pruned: bool, span: Span, position: int, book: ScoreBook
-    ) -> EpochPlan:
-        """Plan what is left of an epoch that was planned as ``span`` from the same scores, in any layout of ranks.
+    def resume(self, unfinished: Unfinished, book: ScoreBook) -> EpochPlan:
+        """Plan what is left of an epoch that was planned from the same scores, in any layout of ranks.
+
+        What was weighed is what has a loss in ``book.fresh``, and what lies before ``unfinished.position``. Where that
+        is all the slots up to there and no other, the rest of the epoch is what it would have been, bit for bit;
+        else what is left is planned anew.
 
         Raises:
             LayoutMismatchError: The scores are not those that the epoch was planned from.
         """
-        threshold, role = self._roles(epoch, pruned, book)
-        before, kept = exclusive_scan(int(np.count_nonzero(role)), self.ranks.group)
-        if kept != span.num_kept:
-            raise LayoutMismatchError(
-                f"the scores keep {kept} samples in epoch {epoch}, the state says {span.num_kept}: they do not belong "
-                "together; load the scores and the rest of the state from one checkpoint"
-            )
-        span = span.resumed_at(position, self.ranks.batches, self.config.drop_last)
-        return self._build(epoch, pruned, threshold, role, before, span)
+        kept = self._kept_again(unfinished, book)
+        span = unfinished.span
+        slots = self._slots(kept, span)
+        is_weighed = ~np.isnan(book.fresh[slots.offsets])
+        last = np.array([slots.slots[is_weighed].max(initial=-1)], dtype=np.int64)
+        self.ranks.group.all_reduce(torch.from_numpy(last), "max")
+        if unfinished.rest is None and last[0] < unfinished.position:
+            span = span.resumed_at(unfinished.position, self.ranks.batches, self.config.drop_last)
+            return self._build(kept, span, slots)
+        return self._build_rest(kept, replace(span, first=unfinished.position), slots, is_weighed)
 
     def _roles(
         self, epoch: int, pruned: bool, book: ScoreBook
@@ -238,26 +185,95 @@ class Planner:
         role = roles(book.scores, ranks.owned_start, threshold, config.prune_ratio, key)
         return threshold, role
 
+    def _kept_again(self, unfinished: Unfinished, book: ScoreBook) -> _Kept:
+        """What was kept when the epoch was planned. One all-reduce, and those of the threshold."""
+        epoch, pruned = unfinished.epoch, unfinished.pruned
+        threshold, role = self._roles(epoch, pruned, book)
+        before, num_kept = exclusive_scan(int(np.count_nonzero(role)), self.ranks.group)
+        if num_kept != unfinished.span.num_kept:
+            raise LayoutMismatchError(
+                f"the scores keep {num_kept} samples in epoch {epoch}, the state says {unfinished.span.num_kept}: they "
+                "do not belong together; load the scores and the rest of the state from one checkpoint"
+            )
+        return _Kept(epoch, pruned, threshold, role, before)
+
+    def planned_before(self, unfinished: Unfinished, book: ScoreBook) -> OwnedSlots:
+        """This rank's own samples in the plan that ``unfinished`` tells of, and the slots that they had there.
+
+        The all-reduces of the threshold, and one or two more.
+        """
+        kept = self._kept_again(unfinished, book)
+        slots = self._slots(kept, unfinished.span)
+        if unfinished.rest is None:
+            return slots.within(unfinished.span)
+        is_weighed = ~np.isnan(book.fresh[slots.offsets])
+        left = self._left(slots, is_weighed, unfinished.span.first, unfinished.rest.bound)
+        return self._rest_slots(kept.epoch, left, unfinished.rest.span).within(unfinished.rest.span)
+
+    def _slots(self, kept: _Kept, span: Span) -> OwnedSlots:
+        key = stream_key(self.config.seed, kept.epoch, _ORDER)
+        return OwnedSlots.place(np.flatnonzero(kept.role), kept.before, span.num_slots, key)
+
+    def _left(
+        self, slots: OwnedSlots, is_weighed: npt.NDArray[np.bool_], first: int, bound: int
+    ) -> npt.NDArray[np.int64]:
+        """Offsets of what was not weighed, in slots from ``first`` to ``bound``."""
+        return slots.offsets[~is_weighed & (slots.slots >= first) & (slots.slots < bound)]
+
+    def _rest_slots(self, epoch: int, left: npt.NDArray[np.int64], span: Span) -> OwnedSlots:
+        """What is left, permuted over the slots of its own span. One all-reduce."""
+        before, _ = exclusive_scan(len(left), self.ranks.group)
+        key = stream_key(self.config.seed, epoch, _REST, span.num_kept)
+        return OwnedSlots.place(left, before, span.num_slots, key)
+
+    def _build_rest(
+        self, kept: _Kept, span: Span, slots: OwnedSlots, is_weighed: npt.NDArray[np.bool_]
+    ) -> EpochPlan:
+        """What is left of the slots that were planned; with those that were dropped, where it does not come out
+        even in the batches there are now."""
+        batches, group = self.ranks.batches, self.ranks.group
+        bound = span.end if self.config.drop_last else span.num_slots
+        left = self._left(slots, is_weighed, span.first, bound)
+        _, num_left = exclusive_scan(len(left), group)
+        is_same = span.global_batch == batches.global_batch
+        if self.config.drop_last and num_left % (
+            batches.micro_step if is_same else batches.global_batch
+        ):
+            bound = span.num_slots
+            left = self._left(slots, is_weighed, span.first, bound)
+            _, num_left = exclusive_scan(len(left), group)
+            is_same = False
+        rest = Span.of_epoch(num_left, batches, self.config.drop_last)
+        if is_same and self.config.drop_last:
+            rest = replace(rest, end=num_left)  # the end of an accumulation that had begun
+        owned = self._rest_slots(kept.epoch, left, rest)
+        return self._build(kept, span, slots, Rest(bound, rest), owned)
+
     def _build(
         self,
-        epoch: int,
-        pruned: bool,
-        threshold: float | None,
-        role: npt.NDArray[np.uint8],
-        before: int,
+        kept: _Kept,
         span: Span,
+        slots: OwnedSlots,
+        rest: Rest | None = None,
+        rest_slots: OwnedSlots | None = None,
     ) -> EpochPlan:
-        key = stream_key(self.config.seed, epoch, _ORDER)
-        ids, weights, stretches = exchange(
-            role, before, span, key, self.config.prune_ratio, self.ranks
+        stretches = np.full(len(kept.role), -1, dtype=np.int8)
+        stretches[slots.offsets] = stretch_of_slots(slots.slots, span.num_slots)
+        ids, weights = exchange(
+            slots if rest_slots is None else rest_slots,
+            kept.role,
+            span if rest is None else rest.span,
+            weight_table(self.config.prune_ratio, self.config.max_weight),
+            self.ranks,
         )
         return EpochPlan(
-            epoch=epoch,
-            pruned=pruned,
-            threshold=threshold,
+            epoch=kept.epoch,
+            pruned=kept.pruned,
+            threshold=kept.threshold,
             span=span,
             batches=self.ranks.batches,
             local_ids=ids,
             local_weights=weights,
             owned_stretches=stretches,
+            rest=rest,
         )

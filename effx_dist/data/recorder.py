@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,31 +38,64 @@ class _Table:
         return torch.where(is_known, self.places[found], len(self.ids))
 
 
+@dataclass(frozen=True)
+class Strays:
+    """Samples that were weighed and should not have been."""
+
+    low: int
+    """Smallest and largest id that is not of this rank's plan; ``low > high`` if there was none."""
+    high: int
+    num_not_given: int
+    """How often a sample was weighed that the sampler had not handed out by then."""
+
+
 class LossRecorder:
-    """One place for every planned sample of this rank: its weight, and its loss once it is known."""
+    """One place for every planned sample of this rank: its weight, whether it was weighed, and its loss."""
 
     def __init__(
-        self, local_ids: npt.NDArray[np.int64], local_weights: npt.NDArray[np.float32]
+        self,
+        local_ids: npt.NDArray[np.int64],
+        local_weights: npt.NDArray[np.float32],
+        is_strict: bool = True,
     ) -> None:
+        self._is_strict = is_strict
         self._ids = torch.from_numpy(local_ids)
         self._weights = torch.from_numpy(local_weights)
         self._tables: dict[torch.device, _Table] = {}
-        # [num_local + 1]: NaN where no loss has come yet; the last place is a bin
+        # [num_local + 1] bits on each device that ids came on; the last place is a bin
+        self._weighed: dict[torch.device, torch.Tensor] = {}
+        # [num_local + 1]: NaN where no loss has come yet
         self._losses: torch.Tensor | None = None
         # one longer as well, on the losses' device
         self._device_weights: torch.Tensor | None = None
-        self._unknown: torch.Tensor | None = None  # smallest and largest id that was not planned
+        self._strays: torch.Tensor | None = None  # see Strays; on the device of the ids
+        self._next = 0  # the place after the batch that was weighed last
+        self._batches: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self.num_weighed = 0
+        """Places that were weighed. Where ids are on an accelerator, an estimate until `weighed` is called: a batch
+        that is weighed again counts again if its ids come in a new tensor."""
 
-    def weigh(self, losses: torch.Tensor, ids: torch.Tensor, consumed: int) -> torch.Tensor:
+    def weigh(
+        self,
+        losses: torch.Tensor,
+        ids: torch.Tensor,
+        num_given: int | None = None,
+        user_weights: torch.Tensor | None = None,
+        divisor: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """``sum(weight * loss) / batch``; keeps the losses. No communication, no host sync on an accelerator.
 
         Args:
             losses: ``[batch]``, any floating dtype, with its graph.
             ids: ``[batch]`` integers, on the host or on any device.
-            consumed: Places of the plan that were weighed before: the batch is expected to follow them.
+            num_given: Places that the sampler has handed out; None: it is not known.
+            user_weights: ``[batch]``, multiplied to the weights of the plan; the losses are kept without them.
+            divisor: In the place of ``batch``.
+
+        Raises:
+            ConfigError: Ids on the host are not planned, and the recorder is strict; nothing is recorded then.
         """
-        places = self._places(ids.detach().to(torch.int64), consumed)
-        places = places.to(losses.device, non_blocking=True)
+        places = self._places(ids, num_given).to(losses.device, non_blocking=True)
         kept, weights = self._buffers(losses.device)
         weight = weights[places]
         counts = weight > 0
@@ -70,41 +104,95 @@ class LossRecorder:
         kept[torch.where(counts, places, len(self._ids))] = known
         # A pad must not pass on a NaN either, so its loss is taken out before it is multiplied by 0.
         wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        return (weight * torch.where(counts, wide, 0)).sum() / losses.numel()
+        if user_weights is not None:
+            weight = weight * user_weights.to(device=losses.device, dtype=torch.float32)
+        return (weight * torch.where(counts, wide, 0)).sum() / (
+            losses.numel() if divisor is None else divisor
+        )
 
-    def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Ids and losses recorded since the last call (infinity for a loss that was not finite), and forget them.
+    def weighed(self) -> npt.NDArray[np.bool_]:
+        """Which places were weighed, ``[num_local]``. Waits for the device."""
+        found = np.zeros(len(self._ids), dtype=np.bool_)
+        for bits in self._weighed.values():
+            found |= bits[:-1].cpu().numpy()
+        self.num_weighed = int(np.count_nonzero(found))
+        return found
 
-        Called between epochs or before a save; waits for the device.
+    def mark(self, places: npt.NDArray[np.int64]) -> None:
+        """Note places as weighed elsewhere: they have no loss here."""
+        self._bits(self._ids.device)[torch.from_numpy(places)] = True
+        self.num_weighed = int(np.count_nonzero(self.weighed()))
 
-        Raises:
-            ConfigError: Ids were weighed that this rank's plan does not hold.
-        """
-        if self._unknown is not None:
-            low, high = self._unknown.tolist()
-            if high >= low:
-                raise _unknown_ids([low] if low == high else [low, high])
+    def take_over(self, losses: torch.Tensor | None, num_weighed: int) -> None:
+        """Take up what a recorder of an earlier release held: ``[num_local + 1]`` losses, and how many places were
+        weighed, from the first on."""
+        self._losses = losses
+        if losses is not None:
+            self._device_weights = torch.cat([self._weights, torch.zeros(1)]).to(losses.device)
+        self.mark(np.arange(num_weighed, dtype=np.int64))
+        self._next = num_weighed
+
+    def recorded(self) -> npt.NDArray[np.float32]:
+        """The losses, ``[num_local]``: NaN where there is none, infinity where it was not finite. A copy; waits for
+        the device."""
         if self._losses is None:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        losses = self._losses[:-1].cpu().numpy()
-        is_recorded = ~np.isnan(losses)
-        taken = self._ids.numpy()[is_recorded], losses[is_recorded]
-        self._losses.fill_(torch.nan)
-        return taken
+            return np.full(len(self._ids), np.nan, dtype=np.float32)
+        return self._losses[:-1].to("cpu", copy=True).numpy()
 
-    def _places(self, ids: torch.Tensor, consumed: int) -> torch.Tensor:
-        end = consumed + len(ids)
-        expected = torch.arange(consumed, end, device=ids.device)
-        if ids.device.type == "cpu":
-            if torch.equal(self._ids[consumed:end], ids):
-                return expected
-            places = self._match(ids, expected)
-            if bool((places == len(self._ids)).any()):
+    def taken(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Ids and losses of what was recorded. Waits for the device."""
+        losses = self.recorded()
+        is_recorded = ~np.isnan(losses)
+        return self._ids.numpy()[is_recorded], losses[is_recorded]
+
+    def strays(self) -> Strays:
+        """What was weighed and should not have been. Waits for the device."""
+        found = _no_strays() if self._strays is None else self._strays
+        return Strays(*found.tolist())
+
+    def _places(self, batch: torch.Tensor, num_given: int | None) -> torch.Tensor:
+        """The place of each id, ``len(self._ids)`` where it is not planned; they are noted as weighed."""
+        ids = batch.detach().to(torch.int64)
+        is_host = ids.device.type == "cpu"
+        start = self._start_again(batch)
+        is_repeated = start is not None
+        start = self._next if start is None else start
+        is_next = is_host and torch.equal(self._ids[start : start + len(ids)], ids)
+        if is_next:
+            places = torch.arange(start, start + len(ids))
+        else:
+            if is_host and not is_repeated:
+                start = self._likely_start(ids)
+            places = self._match(ids, torch.arange(start, start + len(ids), device=ids.device))
+        if not is_next or (num_given is not None and num_given < start + len(ids)):
+            if is_host and self._is_strict and bool((places == len(self._ids)).any()):
                 raise _unknown_ids(ids[places == len(self._ids)].tolist())
-            return places
-        places = self._match(ids, expected)
-        self._note_unknown(ids, places == len(self._ids))
+            self._note_strays(ids, places, num_given)
+        self._remember(batch, start)
+        self._next = min(start + len(ids), len(self._ids)) if not is_repeated else self._next
+        bits = self._bits(ids.device)
+        if is_host:
+            new = places[~bits[places]]
+            self.num_weighed += int(new[new < len(self._ids)].unique().numel())
+        elif not is_repeated:
+            self.num_weighed = min(self.num_weighed + len(ids), len(self._ids))
+        bits[places] = True
         return places
+
+    def _start_again(self, batch: torch.Tensor) -> int | None:
+        """Where a batch began that is weighed again (a closure, a second pass over it): the same tensor, unchanged."""
+        tensor, version, start = self._batches.get(id(batch), (lambda: None, -1, 0))
+        return start if tensor() is batch and version == _version(batch) else None
+
+    def _remember(self, batch: torch.Tensor, start: int) -> None:
+        key, batches = id(batch), self._batches
+        gone = weakref.ref(batch, lambda _: batches.pop(key, None))
+        batches[key] = (gone, _version(batch), start)
+
+    def _likely_start(self, ids: torch.Tensor) -> int:
+        """The place of a batch that comes as it was planned, but not after the one before it: what most ids say."""
+        starts = self._table(ids.device).find(ids) - torch.arange(len(ids))
+        return max(0, int(starts.mode().values))
 
     def _match(self, ids: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
         """The expected place where the id is the planned one, which tells a pad from its sample; else by search."""
@@ -116,20 +204,30 @@ class LossRecorder:
         is_in_order = (planned == ids) & (expected < len(self._ids))
         return torch.where(is_in_order, expected, places)
 
-    def _note_unknown(self, ids: torch.Tensor, is_unknown: torch.Tensor) -> None:
-        """Remember the extreme unknown ids on the device; reading them here would make the host wait."""
+    def _note_strays(self, ids: torch.Tensor, places: torch.Tensor, num_given: int | None) -> None:
+        """Remember, on the device, what should not have come; reading it here would make the host wait."""
+        is_unknown = places == len(self._ids)
         low = torch.where(is_unknown, ids, _NO_ID.max).amin()
         high = torch.where(is_unknown, ids, _NO_ID.min).amax()
-        if self._unknown is not None:
-            low = torch.minimum(low, self._unknown[0])
-            high = torch.maximum(high, self._unknown[1])
-        self._unknown = torch.stack([low, high])
+        not_given = torch.zeros_like(low)
+        if num_given is not None:
+            not_given = ((places >= num_given) & ~is_unknown).sum()
+        if self._strays is not None:
+            before = self._strays.to(ids.device)
+            low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+            not_given = not_given + before[2]
+        self._strays = torch.stack([low, high, not_given])
 
     def _table(self, device: torch.device) -> _Table:
         if device not in self._tables:
             is_pad = self._weights == 0
             self._tables[device] = _Table.build(self._ids.to(device), is_pad.to(device))
         return self._tables[device]
+
+    def _bits(self, device: torch.device) -> torch.Tensor:
+        if device not in self._weighed:
+            self._weighed[device] = torch.zeros(len(self._ids) + 1, dtype=torch.bool, device=device)
+        return self._weighed[device]
 
     def _buffers(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self._losses is None or self._device_weights is None:
@@ -139,6 +237,17 @@ class LossRecorder:
             self._losses = self._losses.to(device)
             self._device_weights = self._device_weights.to(device)
         return self._losses, self._device_weights
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_batches": {}}  # the tensors of other processes are others
+
+
+def _no_strays() -> torch.Tensor:
+    return torch.tensor([_NO_ID.max, _NO_ID.min, 0])
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def as_ids(sample_ids: torch.Tensor | Sequence[int], losses: torch.Tensor) -> torch.Tensor:

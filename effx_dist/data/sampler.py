@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 from effx_dist.config import InfoBatchConfig
-from effx_dist.core.infobatch import STALENESS_BOUND
+from effx_dist.core.infobatch import HEAVY_WEIGHT, STALENESS_BOUND, weight_table
+from effx_dist.data import surroundings
+from effx_dist.data.epoch_run import EpochRun, Tally
+from effx_dist.data.handed_out import HandedOut
 from effx_dist.data.messages import Messages
-from effx_dist.data.peers import Peers, detached
+from effx_dist.data.peers import Peers, data_ranks
 from effx_dist.data.plan import EpochPlan, Planner
-from effx_dist.data.recorder import LossRecorder, as_ids
-from effx_dist.data.scores import Flushed, ScoreBook, tell_all
+from effx_dist.data.recorder import as_ids
+from effx_dist.data.resume import ByIds
+from effx_dist.data.saved_sampler import SavedSampler
+from effx_dist.data.scores import ScoreBook
 from effx_dist.data.slots import Ranks, whole_number
-from effx_dist.data.state import Counters, SamplerState
-from effx_dist.errors import ConfigError, EffxError
-from effx_dist.shard import Group, as_group
+from effx_dist.data.state import Counters
+from effx_dist.data.verdict import of_epoch, of_strays
+from effx_dist.errors import ConfigError, PlanNotTrainedError
+from effx_dist.shard import Group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-class InfoBatchSampler(Sampler[int]):
+class InfoBatchSampler(SavedSampler):
     """Sample ids for one rank, epoch by epoch, without the samples that InfoBatch (ICLR 2024) leaves out.
 
     ::
@@ -46,9 +50,13 @@ class InfoBatchSampler(Sampler[int]):
     are the same at every world size, given the same scores and the same global batch
     (``batch_size * gradient_accumulation_steps * group.size``). Every rank gets the same number of whole micro-batches.
 
-    **Communication.** `set_epoch`, `state_dict` and `load_state_dict` are collectives: every rank of the group calls
+    **Communication.** `set_epoch`, `check_epoch` and `load_state_dict` are collectives: every rank of the group calls
     them, in the same order. The first of `set_epoch`, `len`, `iter` and `plan` plans epoch 0 and is one too, and so is
-    `iter` after the end of an epoch (see `__iter__`). `weigh` and the other properties never communicate.
+    `iter` after the end of an epoch (see `__iter__`). `weigh`, `state_dict` and the properties never communicate.
+
+    **What is planned is what is trained.** The sampler records which samples were weighed. An epoch that ends with
+    some left, ids outside the plan and epochs that were never set are errors, on all ranks at once, that name the
+    counts and the likely cause. An epoch that ends early on purpose is declared by `end_epoch`.
 
     Args:
         num_samples: Samples of the data set, over all ranks.
@@ -63,8 +71,15 @@ class InfoBatchSampler(Sampler[int]):
         drop_last: What does not fill a global batch is dropped, chosen uniformly at random (True), or padded with
             repeated samples of weight 0, spread over the epoch (False).
         gradient_accumulation_steps: Micro-batches of one optimizer step.
-        group: The ranks that see different samples: a Group, a process group, or None for all there are. Tensor-,
+        group: The ranks that see different samples: a Group, a process group, a device mesh, of which the data-parallel
+            dimensions are taken (see `data_ranks`), or None for all there are. Tensor-,
             pipeline- and context-parallel peers must not be in it; they get the same samples.
+        full_epochs: How the last epochs that use everything are counted: "rounded", or as the "official" code does.
+        max_weight: Cap of the weight of kept low-loss samples, at least 1; biased below ``1 / (1 - prune_ratio)``.
+            None: no cap.
+        strict: Whether it is an error when what was planned was not trained (True), or a warning.
+        dataset: Name or fingerprint of the data set that the ids are of. It is kept in the state, and a state with
+            another one is refused.
         peers: Those, where not each of them has bit-equal losses, and which one's count. They take part in what is
             collective, each with its own group.
 
@@ -72,7 +87,9 @@ class InfoBatchSampler(Sampler[int]):
         ConfigError: A value is out of its range, or ``num_samples`` does not fill one global batch with ``drop_last``.
 
     Warns:
-        EffxWarning: Once for each of: no epoch is left for pruning; losses are not finite; scores are stale.
+        EffxWarning: Once for each of: no epoch is left for pruning; losses are not finite; scores are stale; a few
+            large losses decide the mean; kept samples weigh more than 4; the first evidence that what is trained is
+            not what was planned.
     """
 
     def __init__(
@@ -87,8 +104,12 @@ class InfoBatchSampler(Sampler[int]):
         score: Literal["loss", "relative"] = "loss",
         drop_last: bool = True,
         gradient_accumulation_steps: int = 1,
-        group: Group | ProcessGroup | None = None,
+        group: Group | ProcessGroup | DeviceMesh | None = None,
         peers: Peers | None = None,
+        full_epochs: Literal["rounded", "official"] = "rounded",
+        max_weight: float | None = None,
+        strict: bool = True,
+        dataset: str | None = None,
     ) -> None:
         self.config = InfoBatchConfig(
             num_epochs=num_epochs,
@@ -98,11 +119,15 @@ class InfoBatchSampler(Sampler[int]):
             score=score,
             seed=seed,
             drop_last=drop_last,
+            full_epochs=full_epochs,
+            max_weight=max_weight,
+            strict=strict,
         )
         self.num_samples = whole_number("num_samples", num_samples)
         self.batch_size = whole_number("batch_size", batch_size)
         num_accumulated = whole_number("gradient_accumulation_steps", gradient_accumulation_steps)
-        ranks = Ranks.of(as_group(group), self.num_samples, self.batch_size, num_accumulated)
+        data_group, peers = data_ranks(group, peers)
+        ranks = Ranks.of(data_group, self.num_samples, self.batch_size, num_accumulated)
         if drop_last:
             ranks.check_that_a_batch_is_filled()
         self.peers = peers if peers is not None else Peers()
@@ -110,12 +135,20 @@ class InfoBatchSampler(Sampler[int]):
         self._messages = Messages(is_silent=not self.peers.is_reporter)
         self._book = ScoreBook.unscored(ranks.num_owned)
         self._counters = Counters()
-        self._plan: EpochPlan | None = None
-        self._recorder: LossRecorder | None = None
-        self._num_consumed = 0  # of this rank's plan, by weigh
+        self._run: EpochRun | None = None
         self._was_epoch_set = False
+        self._by_id: ByIds | None = None
+        self.dataset_name = dataset
+        self.drop_last, self.seed, self.shuffle = (
+            drop_last,
+            seed,
+            True,
+        )  # as a DistributedSampler has them
         if prune_ratio > 0 and not self._planner.is_ever_pruning():
             self._messages.nothing_is_pruned(ranks.group, num_epochs, delta)
+        weight = float(weight_table(prune_ratio, max_weight).max())
+        if weight > HEAVY_WEIGHT:
+            self._messages.heavy_weight(ranks.group, prune_ratio, weight)
 
     @classmethod
     def from_config(
@@ -124,8 +157,9 @@ class InfoBatchSampler(Sampler[int]):
         num_samples: int,
         batch_size: int,
         gradient_accumulation_steps: int = 1,
-        group: Group | ProcessGroup | None = None,
+        group: Group | ProcessGroup | DeviceMesh | None = None,
         peers: Peers | None = None,
+        dataset: str | None = None,
     ) -> Self:
         """A sampler with the settings of an "infobatch" section. No communication is performed."""
         return cls(
@@ -134,6 +168,7 @@ class InfoBatchSampler(Sampler[int]):
             gradient_accumulation_steps=gradient_accumulation_steps,
             group=group,
             peers=peers,
+            dataset=dataset,
             **config.model_dump(exclude={"enabled"}),
         )
 
@@ -144,44 +179,104 @@ class InfoBatchSampler(Sampler[int]):
         restored by `load_state_dict` survives.
 
         Raises:
-            ConfigError: ``epoch`` is not a whole number, at least 0; or ids were weighed that are not of this rank's
-                plan (then RankFailedError on the other ranks).
+            ConfigError: ``epoch`` is not a whole number, at least 0.
+            PlanNotTrainedError: What was planned for the epoch that ends was not trained, beyond what ``drop_last``
+                drops; ids were weighed that are not of this rank's plan; or epochs are left out or come again. On all
+                ranks. With ``strict=False`` a warning.
         """
         epoch = whole_number("epoch", epoch, at_least=0)
-        if self._plan is None or self._plan.epoch != epoch:
+        if self._run is None or self._run.plan.epoch != epoch:
+            if self._run is not None and epoch != self.epoch + 1:
+                self._refuse(
+                    f"set_epoch({epoch}): the sampler stands in epoch {self.epoch}, so {self.epoch + 1} is the next; "
+                    "call set_epoch for every epoch, in a resumed run from sampler.epoch on (accelerate: "
+                    "loader.set_epoch(epoch))"
+                )
             self._go_to(epoch)
         self._was_epoch_set = True
 
-    def __iter__(self) -> Iterator[int]:
-        """A fresh iterator over what this rank has not weighed of the current epoch.
+    def end_epoch(self) -> None:
+        """Declare that the current epoch ends here on purpose (``max_steps``, ``limit_train_batches``), so that the
+        next may begin although samples of this one were not trained. On every rank. No communication is performed."""
+        if self._run is not None:
+            self._run.has_ended = True
 
-        Where everything was weighed and `set_epoch` was not called since the last `iter`, the next epoch begins first,
-        so loaders that start again by themselves go on through the run; this is a collective. After an explicit
-        `set_epoch` of a finished epoch (a run resumed at its end) there is nothing left to yield.
+    def check_epoch(self) -> None:
+        """Raise what `set_epoch` would raise of the epoch that ends: for the last one, which no other follows.
+
+        Collective: every rank of the group calls it.
+        """
+        if self._run is not None:
+            self._judge(self._run)
+
+    def __iter__(self) -> Iterator[int]:
+        """A fresh iterator over what this rank has not weighed of the current epoch; see `HandedOut` for its state.
+
+        Where the epoch was handed out to its end (or all of it was weighed) and `set_epoch` was not called since the
+        last `iter`, the next epoch begins first, so loaders that start again by themselves go on through the run; this
+        is a collective. After an explicit `set_epoch` of an epoch at whose end a run was resumed there is nothing left.
 
         A loader may fetch ahead within an epoch; `weigh` every batch of it before the next epoch begins.
+
+        Raises:
+            PlanNotTrainedError: As `set_epoch`.
         """
-        if self._plan is not None and not self._was_epoch_set and not self.num_remaining:
-            self._go_to(self._plan.epoch + 1)
+        run = self._run
+        if run is not None and run.is_through and not run.num_weighed_since and run.num_remaining:
+            self._messages.out_of_plan(
+                self.group,
+                f"epoch {self.epoch} was handed out and none of it was weighed, and is handed out again: "
+                "call sampler.weigh(losses, ids) for every batch",
+            )
+        elif run is not None and not self._was_epoch_set:
+            if run.is_through or not run.num_remaining:
+                self._go_to(run.plan.epoch + 1)
+        elif run is not None and run.is_through and not run.num_remaining:
+            self._refuse(
+                f"epoch {self.epoch} was trained to its end, and set_epoch({self.epoch}) asks for it again, so a pass "
+                f"would train nothing: call set_epoch({self.epoch + 1}) (accelerate: loader.set_epoch(epoch))"
+            )
         self._was_epoch_set = False
-        return self.plan.ids_from(self._num_consumed)
+        return self.hand_out()
+
+    def hand_out(self) -> HandedOut:
+        """An iterator over what this rank has not weighed of the current epoch; no other epoch begins."""
+        _ = self.plan
+        run, around = self._run, surroundings.find()
+        assert run is not None
+        given = HandedOut(
+            run.plan,
+            run.places_left(),
+            self.batch_size,
+            around,
+            run.is_resumed,
+            skipped=run.recorder.mark,
+        )
+        return run.hand_out(given)
 
     def __len__(self) -> int:
-        """Ids of one rank in the whole current epoch, right before it is iterated.
+        """Ids of one rank in the whole current epoch, right before it is iterated; where a wrapper that asks takes
+        every so many-th batch, as many times that.
 
         After a resume within an epoch, still that of the whole epoch; `num_remaining` is what `iter` will yield.
         """
-        return self.plan.span.end // self.group.size
+        return self.plan.num_total // self.group.size * surroundings.find().num_shards
 
     @property
     def plan(self) -> EpochPlan:
-        """The current epoch's plan for this rank. Plans epoch 0 (a collective) where nothing was planned yet."""
-        if self._plan is None:
-            self._go_to(0)
-        assert self._plan is not None
-        return self._plan
+        """The current epoch's plan for this rank. Plans the first epoch (a collective) where nothing was planned."""
+        if self._run is None:
+            self._go_to(self.epoch)
+        assert self._run is not None
+        return self._run.plan
 
-    def weigh(self, losses: torch.Tensor, sample_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    def weigh(
+        self,
+        losses: torch.Tensor,
+        sample_ids: torch.Tensor | Sequence[int],
+        weights: torch.Tensor | None = None,
+        num_items: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Record the losses of a micro-batch, and return the scalar to call ``backward`` on.
 
         That is ``sum(weight * loss) / batch`` (the paper's equations 5 to 7), in float32 or wider, with its graph.
@@ -189,24 +284,38 @@ class InfoBatchSampler(Sampler[int]):
         loss. The losses are kept on their device until the epoch ends: no communication, and no host sync where they
         are on an accelerator. A loss that is not finite is returned as it is, but never becomes a score.
 
-        The position that `state_dict` saves advances here, not where ids are fetched, so loaders may fetch ahead. Weigh
-        whole micro-batches, on every rank the same number of them, in the order in which the sampler gave them.
+        What was trained is what was weighed: the position that `state_dict` saves advances here, not where ids are
+        fetched, so loaders may fetch ahead. Batches may come in any order and be regrouped; one that is weighed again
+        (a closure, a second pass) counts once, and its last losses become scores. Every rank weighs the same number of
+        micro-batches between two optimizer steps.
 
         Args:
-            losses: ``[batch]``, one loss a sample, any floating dtype, on any device.
+            losses: ``[batch]``, one loss a sample, any floating dtype, on any device, without weights of your own: they
+                become scores, and a sample that you weigh low is not one that the model knows.
             sample_ids: ``[batch]`` integers, the ids that came with the batch; a tensor or a list.
+            weights: ``[batch]``, your own weights; multiplied to those of the plan.
+            num_items: What the sum is divided by in the place of ``batch``: for losses that are sums over tokens. For
+                the full run's gradient in expectation a constant, such as the mean number of targets of a batch over
+                all the data; the number of targets in this batch follows what happens to be kept.
 
         Raises:
             ConfigError: The shapes differ; the ids are not integers; ids are not of this rank's plan. Where the ids are
                 on an accelerator the last is found when the epoch ends or is saved, as looking would cost a host sync.
         """
         ids = as_ids(sample_ids, losses)
-        if self._recorder is None:
+        if weights is not None and weights.shape != losses.shape:
+            raise ConfigError(
+                f"weights of shape {tuple(weights.shape)} for losses of shape {tuple(losses.shape)}: one a loss"
+            )
+        run = self._run
+        if run is None:
             raise ConfigError(
                 "weigh: no epoch is planned yet; iterate the sampler, or call set_epoch, first"
             )
-        loss = self._recorder.weigh(losses, ids, self._num_consumed)
-        self._count(len(ids))
+        loss = run.recorder.weigh(losses, ids, run.num_given, weights, num_items)
+        run.num_weighs += 1
+        if ids.device.type == "cpu" and (told := of_strays(self.epoch, run.recorder.strays())):
+            self._messages.out_of_plan(self.group, told)
         return loss
 
     def advance(self, num_samples: int) -> None:
@@ -222,177 +331,56 @@ class InfoBatchSampler(Sampler[int]):
             raise ConfigError(
                 "advance: this rank has losses to weigh; only ranks without any call it"
             )
-        self._count(whole_number("num_samples", num_samples, at_least=0))
+        num_samples = whole_number("num_samples", num_samples, at_least=0)
+        _ = self.plan
+        assert self._run is not None
+        self._run.count(num_samples)
 
-    def _count(self, num_samples: int) -> None:
-        self._num_consumed = min(self._num_consumed + num_samples, len(self.plan.local_ids))
+    def _refuse(self, text: str) -> None:
+        """Raise what is the same on every rank; with ``strict=False``, warn."""
+        if self.config.strict:
+            raise PlanNotTrainedError(text)
+        self._messages.out_of_plan(self.group, text)
+
+    def _judge(self, run: EpochRun) -> list[Tally]:
+        """All ranks' tallies of an epoch that ends, if it was trained as planned. One small gather, and one a group of
+        peers; no rank raises before all know."""
+        error: Exception | None = self._stray_error(run)
+        tally = run.tally()
+        error = self.peers.agree(error, tally.num_weighed, tally.has_ended)
+        tallies = self.group.tell_all(error, tally)
+        if (told := of_epoch(run.plan, tallies, self.config.drop_last)) is not None:
+            text, is_excused = told
+            if is_excused:
+                self._messages.out_of_plan(self.group, text)
+            else:
+                self._refuse(text)
+        return tallies
 
     def _go_to(self, epoch: int) -> None:
         group = self.group
-        if self._plan is not None:
-            flushed = self._flush()
-            self._counters.finished_epochs += flushed.min_consumed >= len(self._plan.local_ids)
+        if (run := self._run) is not None:
+            tallies = self._judge(run)
+            self._counters.finished_epochs += all(t.num_weighed >= t.num_planned for t in tallies)
+            ids, losses = self.peers.share(*run.recorder.taken())
+            self._book.receive(ids, losses, self._planner.ranks)
+            self._count_nonfinite()
             stale = self._book.take_scores(
-                self._plan.owned_stretches, self.num_samples, self.config.score == "relative", group
+                run.plan.owned_stretches, self.num_samples, self.config.score == "relative", group
             )
             if stale > STALENESS_BOUND and self._planner.is_ever_pruning():
-                self._messages.stale_scores(group, self._plan.epoch, stale)
-            self._plan = self._recorder = None  # their memory is needed for the next ones
+                self._messages.stale_scores(group, run.plan.epoch, stale)
+            self._run = run = None  # its memory is needed for the next one
         if epoch >= self.config.num_epochs:
             self._messages.beyond_the_run(group, epoch, self.config.num_epochs)
         plan = self._planner.begin(epoch, self._book, self._messages)
         self._counters.samples_saved += self.num_samples - plan.span.num_kept
-        self._take_up(plan)
+        self._run = EpochRun(plan, self.config.strict, self.peers.has_losses)
 
-    def _take_up(self, plan: EpochPlan) -> None:
-        self._plan = plan
-        self._recorder = LossRecorder(plan.local_ids, plan.local_weights)
-        self._num_consumed = 0
-
-    def _flush(self) -> Flushed:
-        """Send the recorded losses to the owners of their samples. One small gather and two all-to-alls."""
-        assert self._recorder is not None
-        error: Exception | None = None
-        ids, losses = np.empty(0, np.int64), np.empty(0, np.float32)
-        try:
-            ids, losses = self._recorder.take()
-        except ConfigError as caught:
-            error = caught
-        error = self.peers.agree(error, self._num_consumed)
-        if error is None:
-            ids, losses = self.peers.share(ids, losses)
-        flushed = tell_all(error, self._num_consumed, losses, self.group)
-        self._book.receive(ids, losses, self._planner.ranks)
-        self._counters.num_nonfinite += flushed.num_nonfinite
-        if flushed.num_nonfinite:
+    def _count_nonfinite(self) -> None:
+        """Of the epoch that ends; warn. One small all-reduce."""
+        found = torch.tensor([int(np.isinf(self._book.fresh).sum())])
+        num_nonfinite = int(self.group.all_reduce(found)[0])
+        self._counters.num_nonfinite += num_nonfinite
+        if num_nonfinite:
             self._messages.nonfinite_losses(self.group, self._counters.num_nonfinite)
-        return flushed
-
-    @property
-    def group(self) -> Group:
-        """The ranks that see different samples."""
-        return self._planner.ranks.group
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch, from 0."""
-        return self._plan.epoch if self._plan else 0
-
-    @property
-    def position(self) -> int:
-        """Samples of this epoch that all ranks together have weighed, those before a resume included."""
-        return self._plan.span.first + self._num_consumed * self.group.size if self._plan else 0
-
-    @property
-    def num_remaining(self) -> int:
-        """Ids of this epoch that this rank has not weighed yet; 0 before anything is planned."""
-        return len(self._plan.local_ids) - self._num_consumed if self._plan else 0
-
-    @property
-    def progress(self) -> float:
-        """Data consumed, in epochs: the epoch plus the weighed fraction of it. For `ProgressLR`."""
-        end = self._plan.span.end if self._plan else 0
-        return self.epoch + (self.position / end if end else 0.0)
-
-    @property
-    def kept_fraction(self) -> float:
-        """Fraction of all samples that the current plan keeps; 1.0 in a full epoch."""
-        return self._plan.span.num_kept / self.num_samples if self._plan else 1.0
-
-    @property
-    def threshold_value(self) -> float | None:
-        """Score below which samples of this epoch may have been left out; None in an epoch that is not pruned."""
-        return self._plan.threshold if self._plan else None
-
-    @property
-    def samples_saved(self) -> int:
-        """Samples left out by pruning in the run so far, the whole of the current epoch included."""
-        return self._counters.samples_saved
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of the current plan and of the run so far, by their names in logs; a threshold only in an epoch
-        that is pruned."""
-        figures = {
-            "kept_fraction": self.kept_fraction,
-            "threshold": self.threshold_value,
-            "samples_saved": self.samples_saved,
-        }
-        return {f"effx/infobatch/{name}": float(x) for name, x in figures.items() if x is not None}
-
-    @property
-    def num_nonfinite(self) -> int:
-        """Losses of all ranks that were NaN or infinite, up to the last `set_epoch` or `state_dict`."""
-        return self._counters.num_nonfinite
-
-    @property
-    def finished_epochs(self) -> int:
-        """Epochs of which this rank has weighed every sample."""
-        return self._counters.finished_epochs + bool(self._plan and not self.num_remaining)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: JSON values, and the scores that this rank owns as two `LocalRows`.
-
-        **Collective: every rank of the group calls it**, not only the one that writes a file: losses recorded so far
-        are sent to the owners of their samples first. Training may go on afterwards; the state is a copy.
-
-        Call it between optimizer steps. The position is that of the rank that has weighed least, in whole
-        micro-batches.
-        """
-        position, span, pruned = 0, None, False
-        if self._plan is not None:
-            flushed = self._flush()
-            span, pruned = self._plan.span, self._plan.pruned
-            num_steps = flushed.min_consumed // self.batch_size
-            position = span.first + num_steps * self._planner.ranks.batches.micro_step
-        settings = self.config.model_dump(exclude={"enabled"})
-        counters = dataclasses.replace(self._counters)
-        state = SamplerState(settings, counters, self.epoch, position, pruned, span, self._book)
-        return state.to_dict(self._planner.ranks)
-
-    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Go on where a run stood when it was saved, at the same or another number of ranks. Collective.
-
-        With the same global batch, this and all later epochs are those of the uninterrupted run, bit for bit, given the
-        same losses. With another one, no sample of the epoch is repeated or skipped, but for what ``drop_last`` drops.
-
-        Args:
-            state: At the same number of ranks, this rank's own. At another number, the list of every old rank's state,
-                or one whose `LocalRows` hold the rows that this rank owns (see `state_dict` of a new sampler).
-
-        Raises:
-            ConfigError: The state is of a run with other settings (named), or is malformed.
-            LayoutMismatchError: It is of another number of samples, or rows are missing.
-            RankFailedError: Another rank refused its state.
-        """
-        states = [state] if isinstance(state, Mapping) else list(state)
-        settings = self.config.model_dump(exclude={"enabled"})
-        error: Exception | None = None
-        try:
-            loaded = SamplerState.from_dicts(states, self._planner.ranks, settings)
-        except EffxError as caught:
-            error = caught
-        self.group.tell_all(self.peers.agree(error), None)
-        self._book, self._counters = loaded.book, loaded.counters
-        self._plan = self._recorder = None
-        self._num_consumed, self._was_epoch_set = 0, False
-        if loaded.span is not None:
-            self._take_up(
-                self._planner.resume(
-                    loaded.epoch, loaded.pruned, loaded.span, loaded.position, self._book
-                )
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle: a group of several ranks cannot travel, so the copy can finish its epoch but cannot
-        plan the next."""
-        ranks = dataclasses.replace(self._planner.ranks, group=detached(self.group))
-        peers = dataclasses.replace(self.peers, groups=tuple(map(detached, self.peers.groups)))
-        return {**self.__dict__, "_planner": Planner(self.config, ranks), "peers": peers}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of everything but the group, which both then use."""
-        memo[id(self.group)] = self.group
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin

@@ -16,16 +16,6 @@ from effx_dist.shard import Group
 _Array = TypeVar("_Array", npt.NDArray[np.float64], npt.NDArray[np.int64])
 
 
-@dataclass(frozen=True)
-class Flushed:
-    """What all ranks learn when losses go to their owners."""
-
-    min_consumed: int
-    """Fewest samples of the epoch that any rank has weighed."""
-    num_nonfinite: int
-    """Losses of all ranks that were NaN or infinite."""
-
-
 @dataclass(eq=False)
 class ScoreBook:
     """Score of every owned sample as the current epoch was planned from it, and the losses recorded since.
@@ -87,18 +77,6 @@ class ScoreBook:
         if isinstance(kind, str):
             return _mean(scores, num_samples, group)
         return _quantile(scores, kind, group)
-
-
-def tell_all(
-    error: Exception | None, consumed: int, losses: npt.NDArray[np.float32], group: Group
-) -> Flushed:
-    """Share this rank's progress, its non-finite losses and its failure, if any. One small gather.
-
-    Raises:
-        RankFailedError: Another rank has an ``error``; a rank that has one itself raises that.
-    """
-    news = group.tell_all(error, (consumed, int(np.isinf(losses).sum())))
-    return Flushed(min(n for n, _ in news), sum(n for _, n in news))
 
 
 def _stretch_means(

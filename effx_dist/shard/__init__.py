@@ -6,6 +6,7 @@ from effx_dist.shard.box import Box, boxes_to_flat_range, flat_range_to_boxes, f
 from effx_dist.shard.group import Group, SoloGroup, TorchGroup, as_group, separate_group
 from effx_dist.shard.mpi_group import MpiGroup
 from effx_dist.shard.piece import (
+    EvenShare,
     Held,
     LocalRows,
     Part,

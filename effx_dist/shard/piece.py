@@ -239,3 +239,23 @@ class LocalRows:
         """Where the local rows lie in the whole tensor."""
         offsets = (self.start, *(0 for _ in self.local.shape[1:]))
         return Box(offsets, tuple(self.local.shape))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvenShare(LocalRows):
+    """Rows of a tensor that ranks share evenly, however many rows it has: of a saved one with another number of rows
+    a rank asks for its share of those.
+
+    Attributes:
+        rank: this rank's number among those that share.
+        size: their number.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, global_rows: int) -> tuple[int, int]:
+        """First row of this rank's share of ``global_rows``, and the row behind its last."""
+        per_rank = -(-global_rows // self.size)
+        start = min(self.rank * per_rank, global_rows)
+        return start, min(start + per_rank, global_rows)

@@ -34,7 +34,7 @@ from effx_dist.checkpoint.state.random_state import random_state
 from effx_dist.checkpoint.state.rank_values import PerRank, own_state, per_rank_path
 from effx_dist.checkpoint.state.tree import PER_RANK, Leaf, leaf_paths, read_tree, tree_to_json
 from effx_dist.errors import CorruptCheckpointError, LayoutMismatchError
-from effx_dist.shard import LocalRows
+from effx_dist.shard import EvenShare, LocalRows
 
 
 class Stateful(Protocol):
@@ -314,6 +314,10 @@ def _target(path: str, tag: str, manifest: Manifest, live: Leaf | None) -> Leaf:
         raise CorruptCheckpointError(
             f"{short(str(path))}: the manifest refers to a tensor that it does not hold"
         )
+    if isinstance(live, EvenShare) and live.global_rows != record.shape[0]:
+        start, stop = live.of(record.shape[0])
+        shape = (stop - start, *live.local.shape[1:])
+        return LocalRows(live.local.new_empty(shape), start, record.shape[0])
     if isinstance(live, LocalRows):
         return LocalRows(torch.empty_like(live.local), live.start, live.global_rows)
     if isinstance(live, DTensor):

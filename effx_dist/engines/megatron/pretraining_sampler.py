@@ -134,15 +134,14 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
         Raises:
             ConfigError: All were weighed, and `set_epoch` was not called since the last `iter`.
         """
-        plan = self.plan
+        self._skip_what_was_consumed()
         if not self.inner.num_remaining and not self._was_epoch_set:
             raise ConfigError(
                 f"epoch {self.epoch} has ended: call set_epoch({self.epoch + 1}) on every rank, between two steps, "
                 "before the loader is iterated again"
             )
         self._was_epoch_set = False
-        ids = plan.ids_from(len(plan.local_ids) - self.inner.num_remaining)
-        return _micro_batches(ids, self.micro_batch_size)
+        return _micro_batches(self.inner.hand_out(), self.micro_batch_size)
 
     def __len__(self) -> int:
         """Micro-batches of this rank in the whole current epoch."""
@@ -207,7 +206,7 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
         """The state of the inner sampler, and ``consumed_samples``. Collective; the same on the ranks of one model."""
         self._skip_what_was_consumed()
         state = self.inner.state_dict()
-        return {**state, CONSUMED: self._num_before + state["position"]}
+        return {**state, CONSUMED: self.consumed_samples}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on where a run stood, at the same or another number of data-, tensor- and pipeline-parallel ranks.

@@ -1,0 +1,66 @@
+"""Whether what was planned is what was trained, from the tallies of all ranks. No communication is performed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from effx_dist.data.epoch_run import Tally
+from effx_dist.data.plan import EpochPlan
+from effx_dist.data.recorder import Strays
+
+
+def of_strays(epoch: int, strays: Strays) -> str | None:
+    """What is wrong with the ids that one rank has weighed in an epoch; None: nothing."""
+    if strays.high >= strays.low:
+        shown = f"{strays.low}" if strays.low == strays.high else f"{strays.low}, {strays.high}"
+        return (
+            f"epoch {epoch}: sample_ids {shown} were weighed, which are not among the samples that this rank has "
+            "in it; pass the ids that the sampler gave for this batch (with_sample_ids puts them into it), and "
+            "weigh a batch before the next epoch begins. Where batches are read on one process and dealt out "
+            "(dispatch_batches of accelerate), switch that off"
+        )
+    if strays.num_not_given:
+        return (
+            f"epoch {epoch}: {strays.num_not_given} samples were weighed that the sampler had not handed out: the ids "
+            "in the batches are not those that it gave. Call with_sample_ids on the outermost data set, the one that "
+            "the loader reads (outside of Subset, ConcatDataset and the like)"
+        )
+    return None
+
+
+def of_epoch(plan: EpochPlan, tallies: Sequence[Tally], drop_last: bool) -> tuple[str, bool] | None:
+    """What all ranks say of an epoch that ends, and whether ``drop_last`` excuses it; None: all was trained."""
+    missing = sum(tally.num_missing for tally in tallies)
+    if not missing or any(tally.has_ended for tally in tallies):
+        return None
+    planned = sum(tally.num_planned for tally in tallies)
+    text = (
+        f"epoch {plan.epoch} ends, and {missing} of the {planned} samples that were planned for it were not trained: "
+        f"{', '.join(str(tally.num_weighed) for tally in tallies[:8])}{', ...' if len(tallies) > 8 else ''} of "
+        f"{tallies[0].num_planned} were weighed on the ranks. {_cause(tallies)}. To go on all the same, pass "
+        "strict=False"
+    )
+    return text, drop_last and missing < plan.batches.global_batch
+
+
+def _cause(tallies: Sequence[Tally]) -> str:
+    """What is the likely reason, and what to do."""
+    given = [tally.num_given for tally in tallies if tally.num_given is not None]
+    planned = tallies[0].num_planned
+    if not any(tally.num_weighed for tally in tallies):
+        return "No loss was weighed: call sampler.weigh(losses, ids) for every batch"
+    if given and max(given) < planned:
+        return (
+            "The loop ended before the sampler did: if that is meant (max_steps, limit_train_batches), call "
+            "sampler.end_epoch() on every rank before the next epoch"
+        )
+    if all(2 * tally.num_weighed <= tally.num_planned for tally in tallies):
+        return (
+            "All were handed out, so the loader is likely to be sharded again, or batches are skipped: give the "
+            "framework a loader that it leaves alone, and a run that resumes its state (load_state_dict) in the place "
+            "of skipped batches"
+        )
+    return (
+        "All were handed out, so the loader has dropped some (give it the sampler's batch_size), or different samples "
+        "have the same id (call with_sample_ids on the outermost data set, outside of ConcatDataset)"
+    )
