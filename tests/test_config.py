@@ -34,6 +34,9 @@ BLOCK: dict[str, Any] = {
         "score": "relative",
         "seed": 0,
         "drop_last": True,
+        "full_epochs": "rounded",
+        "max_weight": None,
+        "strict": True,
     },
     "cautious": {"enabled": True, "cautious_weight_decay": False, "implementation": "auto"},
     "excp": {
@@ -146,6 +149,9 @@ infobatches = st.builds(
     score=st.sampled_from(["loss", "relative"]),
     seed=st.integers(0, 2**63 - 1),
     drop_last=st.booleans(),
+    full_epochs=st.sampled_from(["rounded", "official"]),
+    max_weight=st.one_of(st.none(), st.floats(1, allow_infinity=False)),
+    strict=st.booleans(),
 )
 excps = st.builds(
     ExcpConfig,
@@ -251,7 +257,7 @@ def test_both_kinds_of_field_were_found() -> None:
     """Keep the two lists above from running empty when the schema changes its form."""
     numbers = {key for _, key in NUMBERS}
     assert {"num_epochs", "prune_ratio", "threshold", "base_every", "max_error"} <= numbers
-    booleans = {"enabled", "drop_last", "cautious_weight_decay"}
+    booleans = {"enabled", "drop_last", "strict", "cautious_weight_decay"}
     booleans |= {"seeded_base", "save_on_sigterm", "manifest_sha256"}
     assert {key for _, key in BOOLEANS} == booleans
 

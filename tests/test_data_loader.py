@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import (
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -242,5 +243,12 @@ def test_a_data_set_with_ids_keeps_its_collate_function() -> None:
     with_ids = with_sample_ids(Rows())
     assert batches_with_ids(with_ids, list) == (with_ids, list)
     inner, collate = batches_with_ids(Subset(with_ids, [3]), None)
-    with pytest.raises(ConfigError, match='the batch has a key "sample_id" already'):
-        collate([inner[0]])
+    assert collate([inner[0]])["sample_id"].tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", [lambda x: {"x": x}, lambda x: (x, -x)])
+def test_parts_with_ids_of_their_own_get_those_of_the_whole(kind: Callable[[int], Any]) -> None:
+    parts = [with_sample_ids([kind(x) for x in range(start, start + 3)]) for start in (0, 3)]
+    whole = with_sample_ids(ConcatDataset([Subset(ConcatDataset(parts), [5, 0, 2])]))
+    plain = with_sample_ids([kind(x) for x in (5, 0, 2)])
+    assert [whole[i] for i in range(3)] == [plain[i] for i in range(3)]

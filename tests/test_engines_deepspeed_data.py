@@ -152,7 +152,9 @@ def odd_uses(engine: Any) -> dict[str, Any]:
     batches = iter(loader)
     first = next(batches)
     take(engine, first["x"], first["y"], first)
-    loader.set_epoch(NUM_EPOCHS - 1)
+    for epoch in range(1, NUM_EPOCHS):
+        engine.effx.sampler.end_epoch()
+        loader.set_epoch(epoch)
     last_epoch = [id_ for batch in batches for id_ in batch["sample_id"].tolist()]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class SampleIdDataset(Dataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self._replaces = _has_ids_inside(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -40,7 +41,7 @@ class SampleIdDataset(Dataset[Any]):
         return [self._join(item, i) for item, i in zip(items, sample_ids, strict=True)]
 
     def _join(self, item: Any, sample_id: int) -> Any:
-        return _with_id(item, sample_id)
+        return _with_id(item, sample_id, self._replaces)
 
     def _id_of(self, index: Any) -> int:
         number = operator.index(index)
@@ -53,7 +54,9 @@ def with_sample_ids(dataset: Any) -> SampleIdDataset:
     A mapping becomes a dict that gains "sample_id" (an int); ``(x, y)`` becomes ``(x, y, id)``, a list likewise a list;
     anything else, such as a bare tensor, becomes ``(x, id)``. The default collate function turns the ids of a batch
     into an int64 tensor. Ids are indices into ``dataset`` itself: of a ``Subset`` given here, positions in the
-    subset; a ``Subset`` of the result keeps the ids of the whole. A dataset that has its ids is returned as it is.
+    subset; a ``Subset`` of the result keeps the ids of the whole, which a sampler over the subset does not give: call
+    this on the outermost data set, the one that the loader reads. Ids of data sets inside (a ``ConcatDataset`` of data
+    sets with ids) are replaced. A dataset that has its ids is returned as it is.
 
     The result can be pickled if ``dataset`` can.
 
@@ -89,8 +92,8 @@ def batches_with_ids(
         ConfigError: As :func:`with_sample_ids`.
     """
     collate = collate_fn or default_collate
-    if isinstance(dataset, SampleIdDataset):
-        return dataset, collate
+    if isinstance(dataset, SampleIdDataset) or _has_ids_inside(dataset):
+        return with_sample_ids(dataset), collate
     return _Pairs(_map_style(dataset)), CollateWithIds(collate)
 
 
@@ -111,10 +114,21 @@ def _map_style(dataset: Any) -> Any:
     return dataset
 
 
-def _with_id(item: Any, sample_id: int | torch.Tensor) -> Any:
-    """An item with its id, or a batch with its ids."""
+def _has_ids_inside(dataset: Any) -> bool:
+    """Whether a data set is made of ones whose items have ids already (Subset, ConcatDataset, StackDataset alike)."""
+    inner = getattr(dataset, "datasets", None) or (getattr(dataset, "dataset", None),)
+    parts = inner.values() if isinstance(inner, Mapping) else inner
+    if not isinstance(parts, Iterable):
+        return False
+    return any(isinstance(p, SampleIdDataset) or _has_ids_inside(p) for p in parts if p is not None)
+
+
+def _with_id(item: Any, sample_id: int | torch.Tensor, replaces: bool = False) -> Any:
+    """An item with its id, or a batch with its ids; ``replaces`` the one that it has."""
+    if replaces and isinstance(item, list | tuple):
+        item = item[:-1]
     if isinstance(item, Mapping):
-        if SAMPLE_ID in item:
+        if SAMPLE_ID in item and not replaces:
             which = "the batch" if isinstance(sample_id, torch.Tensor) else f"item {sample_id}"
             raise ConfigError(
                 f'{which} has a key "{SAMPLE_ID}" already; rename it, as sampler.weigh needs the index'

@@ -22,7 +22,8 @@ class Tally:
     """Samples, pads not counted, that were not weighed."""
     num_given: int | None
     """Places handed out; None: by no iterator of this process."""
-    num_nonfinite: int
+    num_skipped: int
+    """Batches that whoever asked threw away, although no state was loaded."""
     has_ended: bool
     """Whether the caller has declared that the epoch ends here."""
 
@@ -37,6 +38,7 @@ class EpochRun:
         is_resumed: Whether a state was loaded within the epoch, or at its end.
         has_losses: Whether this rank weighs losses, or counts samples that a peer weighs.
         num_weighs: Micro-batches that were weighed.
+        num_skipped: Batches that whoever asks throws away, although no state was loaded that says that they are done.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class EpochRun:
         self.is_resumed = is_resumed
         self.has_losses = has_losses
         self.num_weighs = 0
+        self.num_skipped = 0
         self._num_counted = 0  # samples that a peer weighs
         self._newest: HandedOut | None = None
         self._num_given = 0  # by the iterators before the newest
@@ -68,6 +71,11 @@ class EpochRun:
     def num_given(self) -> int | None:
         """Places that were handed out; None: by no iterator of this process."""
         return None if self._newest is None else max(self._num_given, self._newest.end)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing of it was handed out or weighed, by this process or before it."""
+        return not (self.num_given or self.num_weighed or self.is_resumed)
 
     @property
     def is_through(self) -> bool:
@@ -117,6 +125,6 @@ class EpochRun:
             num_weighed=int(np.count_nonzero(is_weighed)),
             num_missing=int(np.count_nonzero(counts & ~is_weighed)),
             num_given=self.num_given,
-            num_nonfinite=int(np.isinf(self.recorder.recorded()).sum()),
+            num_skipped=self.num_skipped,
             has_ended=self.has_ended,
         )

@@ -55,6 +55,11 @@ class SamplerFigures(DistributedSampler[int]):
         return self._run.num_remaining if self._run else 0
 
     @property
+    def is_resumed(self) -> bool:
+        """Whether the current epoch is one that a loaded state stood in."""
+        return bool(self._run and self._run.is_resumed)
+
+    @property
     def progress(self) -> float:
         """Data consumed, in epochs: the epoch plus the weighed fraction of it. For `ProgressLR`.
 

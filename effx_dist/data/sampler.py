@@ -20,9 +20,9 @@ from effx_dist.data.recorder import as_ids
 from effx_dist.data.resume import ByIds
 from effx_dist.data.saved_sampler import SavedSampler
 from effx_dist.data.scores import ScoreBook
-from effx_dist.data.slots import Ranks, whole_number
+from effx_dist.data.slots import Ranks, Span, whole_number
 from effx_dist.data.state import Counters
-from effx_dist.data.verdict import of_epoch, of_strays
+from effx_dist.data.verdict import of_epoch, of_next, of_strays
 from effx_dist.errors import ConfigError, PlanNotTrainedError
 from effx_dist.shard import Group
 
@@ -185,13 +185,8 @@ class InfoBatchSampler(SavedSampler):
                 ranks. With ``strict=False`` a warning.
         """
         epoch = whole_number("epoch", epoch, at_least=0)
+        surroundings.check(surroundings.find(), self.group.size)
         if self._run is None or self._run.plan.epoch != epoch:
-            if self._run is not None and epoch != self.epoch + 1:
-                self._refuse(
-                    f"set_epoch({epoch}): the sampler stands in epoch {self.epoch}, so {self.epoch + 1} is the next; "
-                    "call set_epoch for every epoch, in a resumed run from sampler.epoch on (accelerate: "
-                    "loader.set_epoch(epoch))"
-                )
             self._go_to(epoch)
         self._was_epoch_set = True
 
@@ -207,7 +202,7 @@ class InfoBatchSampler(SavedSampler):
         Collective: every rank of the group calls it.
         """
         if self._run is not None:
-            self._judge(self._run)
+            self._judge(self._run, self.epoch + 1)
 
     def __iter__(self) -> Iterator[int]:
         """A fresh iterator over what this rank has not weighed of the current epoch; see `HandedOut` for its state.
@@ -221,6 +216,11 @@ class InfoBatchSampler(SavedSampler):
         Raises:
             PlanNotTrainedError: As `set_epoch`.
         """
+        self.begin_pass()
+        return self.hand_out()
+
+    def begin_pass(self) -> None:
+        """What `iter` does first: the next epoch begins, if it is its turn. Then a collective."""
         run = self._run
         if run is not None and run.is_through and not run.num_weighed_since and run.num_remaining:
             self._messages.out_of_plan(
@@ -237,13 +237,17 @@ class InfoBatchSampler(SavedSampler):
                 f"would train nothing: call set_epoch({self.epoch + 1}) (accelerate: loader.set_epoch(epoch))"
             )
         self._was_epoch_set = False
-        return self.hand_out()
 
-    def hand_out(self) -> HandedOut:
-        """An iterator over what this rank has not weighed of the current epoch; no other epoch begins."""
+    def hand_out(self, around: surroundings.Surroundings | None = None) -> HandedOut:
+        """An iterator over what this rank has not weighed of the current epoch; no other epoch begins. ``around``: who
+        asks, where it is not to be found out."""
+        if around is None:
+            surroundings.check(around := surroundings.find(), self.group.size)
         _ = self.plan
-        run, around = self._run, surroundings.find()
+        run = self._run
         assert run is not None
+        if not run.is_resumed:
+            run.num_skipped += around.num_skipped
         given = HandedOut(
             run.plan,
             run.places_left(),
@@ -258,9 +262,14 @@ class InfoBatchSampler(SavedSampler):
         """Ids of one rank in the whole current epoch, right before it is iterated; where a wrapper that asks takes
         every so many-th batch, as many times that.
 
-        After a resume within an epoch, still that of the whole epoch; `num_remaining` is what `iter` will yield.
+        A trainer that takes one length for all epochs (transformers.Trainer, Lightning) is told that of one with all
+        samples; it ends shorter ones when the sampler does. After a resume within an epoch, still that of the whole
+        epoch; `num_remaining` is what `iter` will yield.
         """
-        return self.plan.num_total // self.group.size * surroundings.find().num_shards
+        around, total = surroundings.find(), self.plan.num_total
+        if around.takes_one_length:
+            total = Span.of_epoch(self.num_samples, self.plan.batches, self.drop_last).end
+        return total // self.group.size * around.num_shards
 
     @property
     def plan(self) -> EpochPlan:
@@ -342,10 +351,11 @@ class InfoBatchSampler(SavedSampler):
             raise PlanNotTrainedError(text)
         self._messages.out_of_plan(self.group, text)
 
-    def _judge(self, run: EpochRun) -> list[Tally]:
+    def _judge(self, run: EpochRun, next_epoch: int) -> list[Tally]:
         """All ranks' tallies of an epoch that ends, if it was trained as planned. One small gather, and one a group of
         peers; no rank raises before all know."""
-        error: Exception | None = self._stray_error(run)
+        error: Exception | None = self._error_of(of_strays(run.plan.epoch, run.recorder.strays()))
+        error = error or self._error_of(of_next(run, next_epoch))
         tally = run.tally()
         error = self.peers.agree(error, tally.num_weighed, tally.has_ended)
         tallies = self.group.tell_all(error, tally)
@@ -360,7 +370,7 @@ class InfoBatchSampler(SavedSampler):
     def _go_to(self, epoch: int) -> None:
         group = self.group
         if (run := self._run) is not None:
-            tallies = self._judge(run)
+            tallies = self._judge(run, epoch)
             self._counters.finished_epochs += all(t.num_weighed >= t.num_planned for t in tallies)
             ids, losses = self.peers.share(*run.recorder.taken())
             self._book.receive(ids, losses, self._planner.ranks)

@@ -36,8 +36,8 @@ class SavedSampler(SamplerFigures):
     _by_id: ByIds | None
     _was_epoch_set: bool
 
-    def _stray_error(self, run: EpochRun) -> PlanNotTrainedError | None:
-        told = of_strays(run.plan.epoch, run.recorder.strays())
+    def _error_of(self, told: str | None) -> PlanNotTrainedError | None:
+        """What is wrong on this rank, as an error; with ``strict=False`` it is warned of."""
         if told is None:
             return None
         if self.config.strict:
@@ -59,8 +59,10 @@ class SavedSampler(SamplerFigures):
         """
         if surroundings.is_asked_by_loader():
             return {"kind": LOADER_MARK, "epoch": self.epoch}
-        if self._run is not None and (error := self._stray_error(self._run)) is not None:
-            raise error
+        if (run := self._run) is not None:
+            error = self._error_of(of_strays(run.plan.epoch, run.recorder.strays()))
+            if error is not None:
+                raise error
         return state_of(
             self._settings(),
             self.dataset_name,

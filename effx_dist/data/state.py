@@ -93,7 +93,7 @@ class SamplerState:
         """
         if not len(states):
             raise ConfigError("states=[]: must hold the state of every rank that saved")
-        rows = _SavedRows(states, ranks)
+        rows = _SavedStates(states, ranks)
         state = rows.first(ranks.owned_start if not by_id else 0)
         check_form(state)
         _check_rows(state, state["num_samples"] if by_id else ranks.owners.num_samples)
@@ -191,7 +191,7 @@ def _unfinished(state: Mapping[str, Any]) -> Unfinished | None:
     return Unfinished(int(state["epoch"]), state["pruned"], span, position, rest)
 
 
-class _SavedRows:
+class _SavedStates:
     """Rows of the ranks that saved, of which only those states are touched that hold what is asked for."""
 
     def __init__(self, states: Sequence[Mapping[str, Any]], ranks: Ranks) -> None:

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from effx_dist.errors import ConfigError
+
 _MAX_FRAMES = 24
+_TRAINERS = ("transformers.trainer", "lightning.pytorch", "pytorch_lightning")
 _ACCELERATE, _TORCHDATA = "accelerate.data_loader", "torchdata.stateful_dataloader"
 
 
@@ -26,19 +29,24 @@ class Surroundings:
         num_shards: a wrapper gives every so many-th batch to this process (accelerate's BatchSamplerShard); 1: there is
             none.
         batch_size: samples of a process's batch there; 0 where the wrapper does not know.
+        is_dealt_out: one process reads for all, and deals its batches out (accelerate's DataLoaderDispatcher).
+        takes_one_length: a trainer asks that takes the length of the first epoch it sees for that of all.
         num_skipped: batches of this process that will be thrown away, since they were trained before a resume.
     """
 
     num_shards: int = 1
     batch_size: int = 0
     num_skipped: int = 0
+    is_dealt_out: bool = False
+    takes_one_length: bool = False
 
 
 def find() -> Surroundings:
     """Those of whoever asks the sampler for its samples or its length."""
-    num_shards, batch_size, num_skipped = 1, 0, 0
+    num_shards, batch_size, num_skipped, is_dealt_out, takes_one_length = 1, 0, 0, False, False
     for module, owner in _callers():
         kind = type(owner).__name__
+        takes_one_length |= module.startswith(_TRAINERS)
         if module == _ACCELERATE and kind == "BatchSamplerShard":
             num_shards = owner.num_processes
             batch_size = owner.batch_size or 0
@@ -46,12 +54,32 @@ def find() -> Surroundings:
                 batch_size //= num_shards
         elif module == _ACCELERATE and kind == "SkipBatchSampler":
             num_skipped += owner.skip_batches
+        elif module == _ACCELERATE and kind == "DataLoaderDispatcher":
+            is_dealt_out = owner.state.num_processes > 1
         elif module.startswith(_TORCHDATA) and isinstance(
             getattr(owner, "_sampler_iter", None), itertools.islice
         ):
             # Where nothing below it has a state of its own, it draws and throws away what it had given.
             num_skipped += owner._sampler_iter_yielded
-    return Surroundings(num_shards, batch_size, num_skipped)
+    return Surroundings(num_shards, batch_size, num_skipped, is_dealt_out, takes_one_length)
+
+
+def check(around: Surroundings, num_ranks: int) -> None:
+    """Refuse those for whom nothing that could be handed out would be right.
+
+    Raises:
+        ConfigError: One process reads for all, or the loader is sharded over other ranks than the sampler's.
+    """
+    if around.is_dealt_out and num_ranks > 1:
+        raise ConfigError(
+            f"dispatch_batches=True: process 0 would read its samples for all {num_ranks}; the sampler gives each its "
+            "own, so leave dispatch_batches at False"
+        )
+    if around.num_shards not in (1, num_ranks):
+        raise ConfigError(
+            f"the loader is sharded over {around.num_shards} processes, and the sampler has {num_ranks} ranks that see "
+            "different samples: pass it the data-parallel ranks, group=accelerator.torch_device_mesh"
+        )
 
 
 def is_asked_by_loader() -> bool:

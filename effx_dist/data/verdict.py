@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from effx_dist.data.epoch_run import Tally
+from effx_dist.data.epoch_run import EpochRun, Tally
 from effx_dist.data.plan import EpochPlan
 from effx_dist.data.recorder import Strays
 
@@ -28,10 +28,25 @@ def of_strays(epoch: int, strays: Strays) -> str | None:
     return None
 
 
+def of_next(run: EpochRun, epoch: int) -> str | None:
+    """What is wrong with the epoch that is to come next; None: nothing."""
+    current = run.plan.epoch
+    if epoch == current + 1 or run.is_untouched:
+        return None
+    return (
+        f"set_epoch({epoch}): the sampler stands in epoch {current}, so {current + 1} is the next. Call set_epoch "
+        "for every epoch, in a resumed run from sampler.epoch on (with accelerate, loader.set_epoch). A trainer that "
+        "counts epochs by the steps of one, as transformers.Trainer does when it resumes, cannot tell them where some "
+        "are pruned: load the sampler's state when it has counted, in on_train_begin"
+    )
+
+
 def of_epoch(plan: EpochPlan, tallies: Sequence[Tally], drop_last: bool) -> tuple[str, bool] | None:
     """What all ranks say of an epoch that ends, and whether ``drop_last`` excuses it; None: all was trained."""
     missing = sum(tally.num_missing for tally in tallies)
-    if not missing or any(tally.has_ended for tally in tallies):
+    if not missing or all(not (t.num_given or t.num_weighed) for t in tallies):
+        return None
+    if any(tally.has_ended for tally in tallies):
         return None
     planned = sum(tally.num_planned for tally in tallies)
     text = (
@@ -54,11 +69,16 @@ def _cause(tallies: Sequence[Tally]) -> str:
             "The loop ended before the sampler did: if that is meant (max_steps, limit_train_batches), call "
             "sampler.end_epoch() on every rank before the next epoch"
         )
+    if any(tally.num_skipped for tally in tallies):
+        num_skipped = max(tally.num_skipped for tally in tallies)
+        return (
+            f"{num_skipped} batches were skipped (skip_first_batches), and no state was "
+            "loaded: load_state_dict says what was trained, and brings the scores"
+        )
     if all(2 * tally.num_weighed <= tally.num_planned for tally in tallies):
         return (
-            "All were handed out, so the loader is likely to be sharded again, or batches are skipped: give the "
-            "framework a loader that it leaves alone, and a run that resumes its state (load_state_dict) in the place "
-            "of skipped batches"
+            "All were handed out, so the loader is likely to be sharded again: give the framework a loader that "
+            "it leaves alone"
         )
     return (
         "All were handed out, so the loader has dropped some (give it the sampler's batch_size), or different samples "
