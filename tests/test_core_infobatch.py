@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from effx_dist.core import infobatch
 from effx_dist.core.counter_random import stream_key
+from effx_dist.data import InfoBatchSampler
+from effx_dist.errors import ConfigError
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -103,3 +105,19 @@ def test_staleness_is_the_share_explained_by_time(slope: float, low: float, high
 def test_staleness_of_few_or_equal_scores_is_zero() -> None:
     assert infobatch.staleness(np.array([3, 3]), np.array([0.0, 9.0]), 0.1) == 0
     assert infobatch.staleness(np.array([300, 300]), np.array([1.0, 1.0]), 0.0) == 0
+
+
+def test_the_official_count_of_full_last_epochs() -> None:
+    """The authors' code prunes while its counter, from 1, is at most num_epochs * delta."""
+    for num_epochs in (2, 3, 7, 16, 100, 200):
+        pruned = [e for e in range(1, num_epochs) if e + 1 <= num_epochs * 0.875]
+        full = infobatch.full_epochs(num_epochs, 0.875, "official")
+        assert sorted([*pruned, *full]) == list(range(num_epochs))
+    assert len(infobatch.full_epochs(100, 0.875, "official")) == 14
+    assert len(infobatch.full_epochs(100, 0.875)) == 13
+
+
+def test_the_count_is_kept_in_the_state() -> None:
+    sampler = InfoBatchSampler(96, num_epochs=100, full_epochs="official")
+    with pytest.raises(ConfigError, match="full_epochs='official' in the state, 'rounded' here"):
+        InfoBatchSampler(96, num_epochs=100).load_state_dict(sampler.state_dict())

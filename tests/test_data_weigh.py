@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 
-from effx_dist.data import InfoBatchSampler
+from effx_dist.core.infobatch import PLAIN, RESCALED, weight_table
+from effx_dist.data import EffxWarning, InfoBatchSampler
 from effx_dist.data.recorder import LossRecorder
 from effx_dist.errors import ConfigError, PlanNotTrainedError
 from tests.data_runs import consume, plain_losses, recorded
@@ -144,3 +147,45 @@ def test_a_pruned_sample_is_unknown_and_weighing_comes_after_planning() -> None:
         sampler.weigh(torch.ones(1), [dropped])
     with pytest.raises(ConfigError, match="no epoch is planned"):
         InfoBatchSampler(96).weigh(torch.ones(1), [0])
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "tokens", "own weights"])
+def test_the_expectation_over_all_plans_is_the_full_run(kind: str) -> None:
+    """Every plan of seven samples, four of which may be left out, with its probability: sums are not estimated."""
+    ratio, batch_size = 0.3, 2
+    losses = torch.tensor([0.2, 0.4, 0.1, 0.3, 2.0, 5.0, 3.0], dtype=torch.float64)
+    tokens = torch.tensor([3.0, 9, 1, 4, 2, 7, 5], dtype=torch.float64)
+    own = torch.tensor([1.0, 0.5, 2, 0, 1, 3, 1], dtype=torch.float64)
+    table = weight_table(ratio)
+    # a loss is a mean over a sample's own targets; or a sum over them, divided by a constant
+    values = losses * tokens if kind == "tokens" else losses
+    weights = own if kind == "own weights" else None
+    num_items = float(tokens.mean() * batch_size) if kind == "tokens" else float(batch_size)
+    expected, total = 0.0, 0.0
+    for plan in product([False, True], repeat=4):
+        probability = float(np.prod([ratio if dropped else 1 - ratio for dropped in plan]))
+        ids = [i for i in range(7) if i >= 4 or not plan[i]]
+        role = np.array([table[RESCALED] if i < 4 else table[PLAIN] for i in ids])
+        recorder = LossRecorder(np.array(ids), role.astype(np.float32))
+        size = 3 if kind == "packed" else batch_size  # as many samples as fit into a sequence
+        for start in range(0, len(ids), size):
+            batch = torch.tensor(ids[start : start + size])
+            mine = None if weights is None else weights[batch]
+            loss = recorder.weigh(values[batch], batch, None, mine, num_items)
+            expected += probability * float(loss)
+        total += probability
+    assert total == pytest.approx(1)
+    full = values if weights is None else values * weights
+    assert expected == pytest.approx(float(full.sum()) / num_items, rel=1e-6)
+
+
+def test_a_cap_of_the_weight_is_biased_as_it_says() -> None:
+    assert weight_table(0.9).tolist() == pytest.approx([0, 1, 10, 0])
+    capped = weight_table(0.9, max_weight=2)
+    assert capped.tolist() == [0, 1, 2, 0]
+    with pytest.warns(EffxWarning, match=r"weigh 10, others 1.*count 0\.2 of"):
+        InfoBatchSampler(96, prune_ratio=0.9)
+    sampler = InfoBatchSampler(960, batch_size=8, prune_ratio=0.9, max_weight=2)
+    consume(sampler, plain_losses)
+    sampler.set_epoch(1)
+    assert set(sampler.plan.local_weights.tolist()) == {1.0, 2.0}

@@ -29,14 +29,14 @@ def fingerprint(dataset: Any, num_items: int = 64) -> str:
 
 def _feed(hasher: Any, value: Any) -> None:
     """Hash a value of an item: its kind, and what is in it."""
-    hasher.update(type(value).__name__)
+    hasher.update(type(value).__name__.encode())
     match value:
         case torch.Tensor():
             contiguous = value.detach().cpu().contiguous()
-            hasher.update(str(tuple(value.shape)))
+            hasher.update(str(tuple(value.shape)).encode())
             hasher.update(contiguous.flatten().view(torch.uint8).numpy().tobytes())
         case np.ndarray():
-            hasher.update(str(value.shape))
+            hasher.update(str(value.shape).encode())
             hasher.update(np.ascontiguousarray(value).tobytes())
         case bytes():
             hasher.update(value)
@@ -45,9 +45,10 @@ def _feed(hasher: Any, value: Any) -> None:
                 _feed(hasher, key)
                 _feed(hasher, value[key])
         case str() | int() | float() | None:
-            hasher.update(repr(value))
+            hasher.update(repr(value).encode())
         case Iterable():
             for item in value:
                 _feed(hasher, item)
         case _:
-            hasher.update(str(vars(value)) if hasattr(value, "__dict__") else repr(value))
+            told = str(vars(value)) if hasattr(value, "__dict__") else repr(value)
+            hasher.update(told.encode())

@@ -37,6 +37,11 @@ class _Table:
         is_known = self.keys[found] >> 1 == ids
         return torch.where(is_known, self.places[found], len(self.ids))
 
+    def find_pads(self, ids: torch.Tensor) -> torch.Tensor:
+        """Place of a pad of each id, or ``len(self.ids)`` where it has none."""
+        found = torch.searchsorted(self.keys, ids * 2 + 1)
+        return torch.where(self.keys[found] == ids * 2 + 1, self.places[found], len(self.ids))
+
 
 @dataclass(frozen=True)
 class Strays:
@@ -61,6 +66,7 @@ class LossRecorder:
         self._is_strict = is_strict
         self._ids = torch.from_numpy(local_ids)
         self._weights = torch.from_numpy(local_weights)
+        self._has_pads = bool((local_weights == 0).any())
         self._tables: dict[torch.device, _Table] = {}
         # [num_local + 1] bits on each device that ids came on; the last place is a bin
         self._weighed: dict[torch.device, torch.Tensor] = {}
@@ -70,7 +76,7 @@ class LossRecorder:
         self._device_weights: torch.Tensor | None = None
         self._strays: torch.Tensor | None = None  # see Strays; on the device of the ids
         self._next = 0  # the place after the batch that was weighed last
-        self._batches: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self._batches: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
         self.num_weighed = 0
         """Places that were weighed. Where ids are on an accelerator, an estimate until `weighed` is called: a batch
         that is weighed again counts again if its ids come in a new tensor."""
@@ -152,47 +158,40 @@ class LossRecorder:
 
     def _places(self, batch: torch.Tensor, num_given: int | None) -> torch.Tensor:
         """The place of each id, ``len(self._ids)`` where it is not planned; they are noted as weighed."""
-        ids = batch.detach().to(torch.int64)
+        if (places := self._places_again(batch)) is not None:
+            return places
+        ids, start = batch.detach().to(torch.int64), self._next
         is_host = ids.device.type == "cpu"
-        start = self._start_again(batch)
-        is_repeated = start is not None
-        start = self._next if start is None else start
         is_next = is_host and torch.equal(self._ids[start : start + len(ids)], ids)
-        if is_next:
-            places = torch.arange(start, start + len(ids))
-        else:
-            if is_host and not is_repeated:
-                start = self._likely_start(ids)
-            places = self._match(ids, torch.arange(start, start + len(ids), device=ids.device))
+        places = torch.arange(start, start + len(ids), device=ids.device)
+        if not is_next:
+            places = self._match(ids, places)
         if not is_next or (num_given is not None and num_given < start + len(ids)):
             if is_host and self._is_strict and bool((places == len(self._ids)).any()):
                 raise _unknown_ids(ids[places == len(self._ids)].tolist())
             self._note_strays(ids, places, num_given)
-        self._remember(batch, start)
-        self._next = min(start + len(ids), len(self._ids)) if not is_repeated else self._next
+        self._remember(batch, places)
+        self._next = min(start + len(ids), len(self._ids))
         bits = self._bits(ids.device)
         if is_host:
             new = places[~bits[places]]
             self.num_weighed += int(new[new < len(self._ids)].unique().numel())
-        elif not is_repeated:
+        else:
             self.num_weighed = min(self.num_weighed + len(ids), len(self._ids))
         bits[places] = True
         return places
 
-    def _start_again(self, batch: torch.Tensor) -> int | None:
-        """Where a batch began that is weighed again (a closure, a second pass over it): the same tensor, unchanged."""
-        tensor, version, start = self._batches.get(id(batch), (lambda: None, -1, 0))
-        return start if tensor() is batch and version == _version(batch) else None
+    def _places_again(self, batch: torch.Tensor) -> torch.Tensor | None:
+        """The places of a batch that is weighed again (a closure, a second pass): the same tensor, unchanged."""
+        known = self._batches.get(id(batch))
+        if known is None or known[0]() is not batch or known[1] != _version(batch):
+            return None
+        return known[2]
 
-    def _remember(self, batch: torch.Tensor, start: int) -> None:
+    def _remember(self, batch: torch.Tensor, places: torch.Tensor) -> None:
         key, batches = id(batch), self._batches
         gone = weakref.ref(batch, lambda _: batches.pop(key, None))
-        batches[key] = (gone, _version(batch), start)
-
-    def _likely_start(self, ids: torch.Tensor) -> int:
-        """The place of a batch that comes as it was planned, but not after the one before it: what most ids say."""
-        starts = self._table(ids.device).find(ids) - torch.arange(len(ids))
-        return max(0, int(starts.mode().values))
+        batches[key] = (gone, _version(batch), places)
 
     def _match(self, ids: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
         """The expected place where the id is the planned one, which tells a pad from its sample; else by search."""
@@ -202,7 +201,17 @@ class LossRecorder:
             return places
         planned = table.ids[expected.clamp(max=len(self._ids) - 1)]
         is_in_order = (planned == ids) & (expected < len(self._ids))
+        if self._has_pads:
+            is_in_order = is_in_order.all()  # one by one, chance would take a pad for its sample
+            places = self._with_pads(ids, places)
         return torch.where(is_in_order, expected, places)
+
+    def _with_pads(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """In batches of any order, what comes first of an id is the sample, and what comes again is its pad."""
+        table, bits = self._table(ids.device), self._bits(ids.device)
+        pads = table.find_pads(ids)
+        is_again = (ids[:, None] == ids[None, :]).tril(-1).any(dim=1) | bits[places]
+        return torch.where(is_again & (pads < len(self._ids)) & ~bits[pads], pads, places)
 
     def _note_strays(self, ids: torch.Tensor, places: torch.Tensor, num_given: int | None) -> None:
         """Remember, on the device, what should not have come; reading it here would make the host wait."""
