@@ -369,6 +369,27 @@ def test_d19_an_iteration_that_is_begun_twice_advances_nothing() -> None:
     assert sampler.finished_epochs == 3
 
 
+def test_d20_weights_are_those_of_the_epoch_with_workers_that_live_on() -> None:
+    sampler = InfoBatchSampler(96, batch_size=8, num_epochs=4)
+    loader = DataLoader(
+        with_sample_ids(list(range(96))),
+        8,
+        sampler=sampler,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+    )
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        found = []
+        for _, ids in loader:
+            losses = torch.from_numpy(plain_losses(epoch, ids.numpy())).requires_grad_()
+            (gradient,) = torch.autograd.grad(sampler.weigh(losses, ids), losses)
+            found += (gradient * len(ids)).tolist()
+        assert found == sampler.plan.local_weights.tolist()
+        assert (2.0 in found) == sampler.plan.pruned == (epoch > 0)
+
+
 def test_d11_one_huge_loss_is_warned_of_and_one_nan_prunes_as_before() -> None:
     def losses(value: float) -> Any:
         def of(epoch: int, ids: np.ndarray) -> np.ndarray:

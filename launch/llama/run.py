@@ -93,6 +93,8 @@ class Run(ABC):
                 self.after_step(epoch, batches)
                 if self.is_cut_short():
                     break
+        if not self.is_cut_short():
+            self.sampler.check_epoch()  # no other epoch follows that would tell
         self.finish()
 
     def is_cut_short(self) -> bool:

@@ -158,6 +158,14 @@ class InfoBatchPretrainingSampler(Sampler[list[int]]):
         """See InfoBatchSampler.weigh: on the last pipeline stage, for every micro-batch. No communication."""
         return self.inner.weigh(losses, sample_ids)
 
+    def end_epoch(self) -> None:
+        """Declare that the epoch ends here on purpose; see InfoBatchSampler.end_epoch. On every rank."""
+        self.inner.end_epoch()
+
+    def check_epoch(self) -> None:
+        """Raise what is wrong with the last epoch; see InfoBatchSampler.check_epoch. Collective."""
+        self.inner.check_epoch()
+
     def advance(self) -> None:
         """Count one optimizer step where no losses are weighed: on every pipeline stage but the last, nothing on that.
 
