@@ -163,6 +163,8 @@ class LossRecorder:
         ids, start = batch.detach().to(torch.int64), self._next
         is_host = ids.device.type == "cpu"
         is_next = is_host and torch.equal(self._ids[start : start + len(ids)], ids)
+        if is_next and self._has_pads:
+            is_next = not bool(self._bits(ids.device)[start : start + len(ids)].any())
         places = torch.arange(start, start + len(ids), device=ids.device)
         if not is_next:
             places = self._match(ids, places)
@@ -201,8 +203,9 @@ class LossRecorder:
             return places
         planned = table.ids[expected.clamp(max=len(self._ids) - 1)]
         is_in_order = (planned == ids) & (expected < len(self._ids))
-        if self._has_pads:
-            is_in_order = is_in_order.all()  # one by one, chance would take a pad for its sample
+        if self._has_pads:  # by chance, a pad would be taken for its sample, or a sample twice
+            is_weighed = self._bits(ids.device)[expected.clamp(max=len(self._ids))]
+            is_in_order = is_in_order.all() & ~is_weighed.any()
             places = self._with_pads(ids, places)
         return torch.where(is_in_order, expected, places)
 
