@@ -299,3 +299,23 @@ def test_scores_are_stored_with_their_owner() -> None:
     losses = np.concatenate([s["recorded"].local.numpy() for s in states])
     assert len(losses) == 80
     assert int((~np.isnan(losses)).sum()) == 32
+
+
+def test_the_state_of_what_was_handed_out_and_that_of_what_was_weighed_are_not_taken_for_each_other() -> (
+    None
+):
+    sampler = InfoBatchSampler(96, batch_size=8)
+    given = iter(sampler)
+    _ = [next(given) for _ in range(24)]
+    handed_out, weighed = given.state_dict(), sampler.state_dict()
+    assert json.loads(json.dumps(handed_out)) == handed_out
+    assert len(json.dumps(handed_out)) < 200
+    with pytest.raises(ConfigError, match="what an iterator of the sampler handed out"):
+        InfoBatchSampler(96, batch_size=8).load_state_dict(handed_out)
+    twin = iter(InfoBatchSampler(96, batch_size=8))
+    with pytest.raises(ConfigError, match=r"goes to sampler\.load_state_dict"):
+        twin.load_state_dict(weighed)
+    with pytest.raises(ConfigError, match="is of rank 1 of 2, this is rank 0 of 1"):
+        twin.load_state_dict(handed_out | {"rank": 1, "size": 2})
+    twin.load_state_dict(handed_out)
+    assert list(twin) == list(given)

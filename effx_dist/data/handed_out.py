@@ -9,25 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from effx_dist.data import kinds
 from effx_dist.data.plan import EpochPlan
 from effx_dist.data.surroundings import Surroundings
 from effx_dist.errors import ConfigError, LayoutMismatchError
 
-LOADER_MARK = "effx_dist.infobatch.in_a_loader"
-"""What a loader's snapshot says of the sampler itself."""
 _BLOCK_BATCHES = 256
 
 
 @dataclass(frozen=True)
 class Mark:
     """How far an epoch was handed out to one rank."""
-
-    KIND: ClassVar[str] = "effx_dist.infobatch.handed_out"
 
     epoch: int
     num_given: int
@@ -39,7 +36,7 @@ class Mark:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"kind": self.KIND} | {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"kind": kinds.HANDED_OUT} | {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
@@ -48,7 +45,7 @@ class Mark:
         Raises:
             ConfigError: It is another state, such as a sampler's, or malformed.
         """
-        if state.get("kind") != cls.KIND:
+        if state.get("kind") != kinds.HANDED_OUT:
             raise ConfigError(
                 f"kind={state.get('kind')!r}: is not what an iterator of the sampler handed out; the sampler's own "
                 "state goes to sampler.load_state_dict"

@@ -15,15 +15,7 @@ import torch
 
 from effx_dist.config import InfoBatchConfig
 from effx_dist.core.counter_random import stream_key
-from effx_dist.core.infobatch import (
-    DROPPED,
-    PLAIN,
-    RESCALED,
-    is_full_epoch,
-    roles,
-    stretch_of_slots,
-    weight_table,
-)
+from effx_dist.core.infobatch import PLAIN, is_full_epoch, roles, stretch_of_slots, weight_table
 from effx_dist.data.exchange import OwnedSlots, exchange, exclusive_scan, scan_and_sum
 from effx_dist.data.messages import Messages
 from effx_dist.data.scores import ScoreBook
@@ -138,7 +130,7 @@ class Planner:
         full = self._is_full(epoch)
         pruned = config.prune_ratio > 0 and not full
         threshold, role = self._roles(epoch, pruned, book)
-        num_low = int(np.count_nonzero((role == DROPPED) | (role == RESCALED)))
+        num_low = len(role) - int(np.count_nonzero(role == PLAIN))
         before, kept, low = scan_and_sum(int(np.count_nonzero(role)), num_low, ranks.group)
         if threshold is not None and config.threshold == "mean":
             messages.lopsided_mean(ranks.group, epoch, threshold, low / ranks.owners.num_samples)

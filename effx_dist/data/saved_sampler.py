@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from effx_dist.config import InfoBatchConfig
-from effx_dist.data import surroundings
+from effx_dist.data import kinds, surroundings
 from effx_dist.data.epoch_run import EpochRun
 from effx_dist.data.figures import SamplerFigures
-from effx_dist.data.handed_out import LOADER_MARK
 from effx_dist.data.messages import Messages
 from effx_dist.data.peers import Peers, detached
 from effx_dist.data.plan import Planner
@@ -58,7 +57,7 @@ class SavedSampler(SamplerFigures):
             PlanNotTrainedError: This rank has weighed ids that are not of its plan; a Checkpointer tells the others.
         """
         if surroundings.is_asked_by_loader():
-            return {"kind": LOADER_MARK, "epoch": self.epoch}
+            return {"kind": kinds.IN_A_LOADER, "epoch": self.epoch}
         if (run := self._run) is not None:
             error = self._error_of(of_strays(run.plan.epoch, run.recorder.strays()))
             if error is not None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from effx_dist.config import InfoBatchConfig
+from effx_dist.data import kinds
 from effx_dist.data.epoch_run import EpochRun
 from effx_dist.data.plan import Rest, Unfinished
 from effx_dist.data.scores import ScoreBook
@@ -18,7 +19,6 @@ from effx_dist.data.slots import Batches, Owners, Ranks, Span
 from effx_dist.errors import ConfigError, LayoutMismatchError
 from effx_dist.shard import EvenShare, LocalRows
 
-KIND = "effx_dist.infobatch.sampler"
 VERSION = 2
 _ROWS = ("scores", "fresh_losses")
 _PROGRESS = "progress"
@@ -145,7 +145,7 @@ def state_of(
     recorded = torch.from_numpy(run.recorder.recorded() if run else np.empty(0, np.float32))
     num_told = 1 if is_reporter else 0
     return {
-        "kind": KIND,
+        "kind": kinds.SAMPLER,
         "version": VERSION,
         "num_samples": ranks.owners.num_samples,
         "dataset": dataset,
@@ -280,10 +280,12 @@ def check_states(
 
 def check_form(state: Mapping[str, Any]) -> None:
     """Refuse what is no sampler's state, or a malformed one."""
-    if state.get("kind", KIND) != KIND:
+    kind = state.get("kind", kinds.SAMPLER if state.get("version") == 1 else None)
+    if kind != kinds.SAMPLER:
+        what = "what an iterator of the sampler handed out, for a loader's load_state_dict"
         raise ConfigError(
-            f"kind={state['kind']!r}: is what an iterator of the sampler handed out, for a loader's load_state_dict; "
-            "load the state that sampler.state_dict() gave"
+            f"kind={kind!r}: is {what if kind == kinds.HANDED_OUT else 'no state of a sampler'}; load what "
+            "sampler.state_dict() gave"
         )
     version = state.get("version")
     if version not in (1, VERSION):
@@ -296,6 +298,8 @@ def check_form(state: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f'"{name}" is {value!r} in the sampler\'s state: must be an integer, at least 0'
             )
+    if version > 1 and not isinstance(state.get("dataset", 0), str | None):
+        raise ConfigError('"dataset" of the sampler\'s state: must be a name or null')
     flags = ("pruned", "has_ended") if version > 1 else ("pruned",)
     if not all(isinstance(state.get(name), bool) for name in flags) or not isinstance(
         state.get("config"), Mapping
