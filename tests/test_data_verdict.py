@@ -47,6 +47,17 @@ def test_a_refused_epoch_can_be_declared_and_left() -> None:
     assert sampler.finished_epochs == 0
 
 
+def test_a_resumed_epoch_that_is_passed_over_is_an_error() -> None:
+    sampler = InfoBatchSampler(96, batch_size=8)
+    consume(sampler, plain_losses, 3)
+    twin = InfoBatchSampler(96, batch_size=8)
+    twin.load_state_dict(sampler.state_dict())
+    with pytest.raises(
+        PlanNotTrainedError, match=r"72 of the 72 .*begin the loop with sampler\.epoch"
+    ):
+        twin.set_epoch(1)
+
+
 def test_a_declared_end_is_kept_in_the_state() -> None:
     sampler = InfoBatchSampler(96, batch_size=8)
     consume(sampler, plain_losses, 3)

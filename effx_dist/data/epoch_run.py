@@ -24,6 +24,8 @@ class Tally:
     """Places handed out; None: by no iterator of this process."""
     num_skipped: int
     """Batches that whoever asked threw away, although no state was loaded."""
+    is_untouched: bool
+    """Whether nothing of the epoch was handed out or weighed, by this process or before it."""
     has_ended: bool
     """Whether the caller has declared that the epoch ends here."""
 
@@ -126,5 +128,6 @@ class EpochRun:
             num_missing=int(np.count_nonzero(counts & ~is_weighed)),
             num_given=self.num_given,
             num_skipped=self.num_skipped,
+            is_untouched=self.is_untouched,
             has_ended=self.has_ended,
         )

@@ -44,7 +44,7 @@ def of_next(run: EpochRun, epoch: int) -> str | None:
 def of_epoch(plan: EpochPlan, tallies: Sequence[Tally], drop_last: bool) -> tuple[str, bool] | None:
     """What all ranks say of an epoch that ends, and whether ``drop_last`` excuses it; None: all was trained."""
     missing = sum(tally.num_missing for tally in tallies)
-    if not missing or all(not (t.num_given or t.num_weighed) for t in tallies):
+    if not missing or all(tally.is_untouched for tally in tallies):
         return None
     if any(tally.has_ended for tally in tallies):
         return None
@@ -62,6 +62,11 @@ def _cause(tallies: Sequence[Tally]) -> str:
     """What is the likely reason, and what to do."""
     given = [tally.num_given for tally in tallies if tally.num_given is not None]
     planned = tallies[0].num_planned
+    if all(not (tally.num_given or tally.num_weighed) for tally in tallies):
+        return (
+            "A run was resumed within it and nothing was handed out since: begin the loop with sampler.epoch, which the "
+            "loaded state stands in"
+        )
     if not any(tally.num_weighed for tally in tallies):
         return "No loss was weighed: call sampler.weigh(losses, ids) for every batch"
     if given and max(given) < planned:
