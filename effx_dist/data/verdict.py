@@ -64,8 +64,8 @@ def _cause(tallies: Sequence[Tally]) -> str:
     planned = tallies[0].num_planned
     if all(not (tally.num_given or tally.num_weighed) for tally in tallies):
         return (
-            "A run was resumed within it and nothing was handed out since: begin the loop with sampler.epoch, which the "
-            "loaded state stands in"
+            "A run was resumed within it and nothing was handed out since: begin the loop with sampler.epoch, which "
+            "the loaded state stands in"
         )
     if not any(tally.num_weighed for tally in tallies):
         return "No loss was weighed: call sampler.weigh(losses, ids) for every batch"
