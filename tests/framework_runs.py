@@ -10,12 +10,14 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from effx_dist.data import InfoBatchSampler, with_sample_ids
+from effx_dist.errors import ConfigError
 from tests.data_runs import plain_losses
 
 NUM_SAMPLES, GLOBAL_BATCH, NUM_EPOCHS = 200, 8, 4
@@ -167,6 +169,44 @@ def with_accelerate(
     except Exception as error:  # said by name, which is what is looked at
         part.error = f"{type(error).__name__}: {error}"
     return part
+
+
+def on_a_mesh() -> dict[str, Any]:
+    """accelerate's ParallelismConfig of two tensor-parallel ranks, and its loader on it. (The Accelerator itself takes
+    none on a CPU.)"""
+    from accelerate import Accelerator
+    from accelerate.data_loader import prepare_data_loader
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import AcceleratorState
+    from torch.distributed.device_mesh import init_device_mesh
+
+    say_ranks()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = ParallelismConfig(tp_size=2, dp_shard_size=dist.get_world_size() // 2)
+    mesh = config.get_device_mesh("cpu")
+    Accelerator(cpu=True).state.device_mesh = mesh  # as it does itself
+    refused = []
+    for group in (
+        None,
+        init_device_mesh("cpu", (2, 2)),
+        init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "tp")),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            InfoBatchSampler(NUM_SAMPLES, 4, group=group)
+        refused.append(str(caught.value))
+    part, sampler = Part(), InfoBatchSampler(NUM_SAMPLES, 4, NUM_EPOCHS, seed=2, group=mesh)
+    loader = prepare_data_loader(
+        DataLoader(with_sample_ids(Rows()), 4, sampler=sampler), torch_device_mesh=mesh
+    )
+    noise = float(mesh["tp"].get_local_rank())  # peers whose losses differ
+    for epoch in epochs_of(sampler):
+        loader.set_epoch(epoch)
+        for item in loader:
+            weigh(part, sampler, item["sample_id"], torch.zeros(4, requires_grad=True) + noise)
+            sampler.weigh(torch.full((4,), noise), item["sample_id"])
+    sampler.check_epoch()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {"part": part, "refused": refused, "data": sampler.group.rank, "peer": int(noise)}
 
 
 def with_stateful_loader(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.framework_runs import Call, Part, many, plain, planned, trained
+from tests.framework_runs import Call, Part, many, on_a_mesh, plain, planned, trained
 from tests.ranks import spawn
 
 pytestmark = pytest.mark.ranks
@@ -190,6 +190,22 @@ class TestStatefulDataLoader:
         assert all(
             "load the sampler's own state" in part.error for part in by_stateful_loader["loader 33"]
         )
+
+
+def test_ranks_of_a_mesh_differ_in_samples_along_data_dimensions_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    ranks = spawn(4, on_a_mesh, tmp_path_factory.mktemp("mesh"))
+    for rank in ranks:
+        everything, unnamed, unknown = rank["refused"]
+        assert "{'tp': 2}" in everything
+        assert "(without names)" in unnamed
+        assert "dimensions x, tp" in unknown
+    by_peer = [[r["part"] for r in ranks if r["peer"] == peer] for peer in (0, 1)]
+    assert sorted(r["data"] for r in ranks) == [0, 0, 1, 1]
+    assert [p.trained for p in by_peer[0]] == [p.trained for p in by_peer[1]]
+    assert trained(by_peer[0]) == planned(by_peer[0])
+    assert 0 < len(trained(by_peer[0])[1]) <= 200
 
 
 def test_one_rank_saves_alone(tmp_path_factory: pytest.TempPathFactory) -> None:

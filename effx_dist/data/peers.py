@@ -123,16 +123,8 @@ def detached(group: Group) -> Group:
     return group if isinstance(group, SoloGroup) else DetachedGroup(group.rank, group.size)
 
 
-_DATA_DIMENSIONS = (
-    "dp",
-    "data",
-    "dp_replicate",
-    "dp_shard",
-    "fsdp",
-    "replicate",
-    "shard",
-    "dp_shard_cp",
-)
+_DATA_DIMENSIONS = ("dp", "data", "dp_replicate", "dp_shard", "fsdp", "replicate", "shard")
+_SAME_DIMENSIONS = ("tp", "cp", "sp", "pp", "tensor", "context", "sequence", "pipeline", "model")
 
 
 def data_ranks(
@@ -141,16 +133,18 @@ def data_ranks(
     """The ranks that see different samples, and those that get the same as this one.
 
     Of a device mesh (torchtitan's, or ``accelerator.torch_device_mesh``) the dimensions named dp, data, dp_replicate,
-    dp_shard, fsdp, replicate and shard are data-parallel; ranks along all others (tensor, context, sequence, pipeline
-    parallel) are peers, of which the first reports.
+    dp_shard, fsdp, replicate and shard are data-parallel; ranks along tp, cp, sp and pp (or tensor, context, sequence,
+    pipeline and model) are peers, of which the first reports. A mesh of one dimension with another name is taken
+    whole. No communication is performed.
 
     Raises:
-        ConfigError: ``group`` is None, and accelerate has a mesh with other than data-parallel dimensions.
+        ConfigError: A dimension has another name, or none; ``group`` is None, and accelerate has a mesh along which
+            ranks must get the same samples.
     """
     if isinstance(group, DeviceMesh):
         return _of_mesh(group, peers)
     if group is None:
-        others = {n: s for n, s in parallel_sizes().items() if s > 1 and n not in _DATA_DIMENSIONS}
+        others = {n: s for n, s in parallel_sizes().items() if s > 1 and n in _SAME_DIMENSIONS}
         if others:
             raise ConfigError(
                 f"group=None: stands for all ranks, and accelerate's ParallelismConfig has {others}, along which ranks "
@@ -160,13 +154,17 @@ def data_ranks(
 
 
 def _of_mesh(mesh: DeviceMesh, peers: Peers | None) -> tuple[Group, Peers]:
-    names = mesh.mesh_dim_names
-    if names is None:
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim == 1 and not set(names) & set(_SAME_DIMENSIONS):
+        return as_group(mesh.get_group()), peers if peers is not None else Peers()
+    if not names or not set(names) <= {*_DATA_DIMENSIONS, *_SAME_DIMENSIONS}:
         raise ConfigError(
-            "group: is a device mesh without names; pass the data-parallel process group of it"
+            f"group: is a device mesh of the dimensions {', '.join(names) or '(without names)'}; must be of "
+            f"{', '.join((*_DATA_DIMENSIONS, *_SAME_DIMENSIONS))}, so that it is known along which of them samples "
+            "differ. Else pass the process group of the ranks that see different samples"
         )
     data = tuple(name for name in names if name in _DATA_DIMENSIONS and mesh[name].size() > 1)
-    same = tuple(name for name in names if name not in _DATA_DIMENSIONS and mesh[name].size() > 1)
+    same = tuple(name for name in names if name in _SAME_DIMENSIONS and mesh[name].size() > 1)
     if not data:
         data_group: Group = SoloGroup()
     else:
