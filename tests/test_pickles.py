@@ -10,7 +10,15 @@ import torch
 
 from effx_dist import InfoBatchSampler
 from effx_dist.checkpoint import PerRank
-from tests.fixtures.pickles.write import NUM_SAMPLES, make_optimizer, make_sampler, take_step
+from effx_dist.shard import Group
+from tests.fixtures.pickles.write import (
+    NUM_SAMPLES,
+    loss_of,
+    make_optimizer,
+    make_sampler,
+    take_step,
+)
+from tests.thread_ranks import run_ranks
 
 FOLDER = Path(__file__).parent / "fixtures" / "pickles"
 
@@ -31,6 +39,35 @@ def test_a_samplers_state_is_taken_up() -> None:
     assert (found, threshold) == plan_of_next_epoch(make_sampler())
     assert threshold is not None
     assert len(found) < NUM_SAMPLES, "the scores were there to prune by"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_states_of_two_ranks_within_an_epoch_are_taken_up_at_any_number(world: int) -> None:
+    """Written by 0.1 after 24 samples of the second epoch, whose plan follows from the losses of the first."""
+    states = unpickled("two_ranks_within_an_epoch")
+
+    def body(group: Group) -> tuple[int, list[int]]:
+        sampler = InfoBatchSampler(96, batch_size=8 // world, num_epochs=4, group=group)
+        sampler.load_state_dict(states)
+        assert sampler.plan.pruned
+        return sampler.position, sampler.plan.local_ids.tolist()
+
+    def whole(group: Group) -> list[int]:
+        sampler = InfoBatchSampler(96, batch_size=4, num_epochs=4, group=group)
+        sampler.set_epoch(0)
+        for ids in torch.from_numpy(sampler.plan.local_ids).split(4):
+            sampler.weigh(loss_of(ids), ids)
+        sampler.set_epoch(1)
+        return sampler.plan.local_ids.tolist()[12:]
+
+    ranks = run_ranks(world, body)
+    rest = sorted(i for _, ids in ranks for i in ids)
+    expected = sorted(i for ids in run_ranks(2, whole) for i in ids)
+    assert {position for position, _ in ranks} == {24}
+    if world < 3:  # else the global batch is 6, and as many are dropped
+        assert rest == expected
+    else:
+        assert len(set(rest)) == len(rest) >= len(expected) - 6
 
 
 def test_a_whole_sampler_goes_on() -> None:
