@@ -54,6 +54,9 @@ class Strays:
     """How often a sample was weighed that the sampler had not handed out by then."""
 
 
+_NO_STRAYS = Strays(_NO_ID.max, _NO_ID.min, 0)
+
+
 class LossRecorder:
     """One place for every planned sample of this rank: its weight, whether it was weighed, and its loss."""
 
@@ -65,6 +68,7 @@ class LossRecorder:
     ) -> None:
         self._is_strict = is_strict
         self._ids = torch.from_numpy(local_ids)
+        self._num_local = len(local_ids)
         self._weights = torch.from_numpy(local_weights)
         self._has_pads = bool((local_weights == 0).any())
         self._tables: dict[torch.device, _Table] = {}
@@ -107,7 +111,7 @@ class LossRecorder:
         counts = weight > 0
         known = losses.detach().to(torch.float32)
         known = torch.where(known.isfinite(), known, torch.inf)  # NaN stands for "not yet"
-        kept[torch.where(counts, places, len(self._ids))] = known
+        kept[torch.where(counts, places, self._num_local)] = known
         # A pad must not pass on a NaN either, so its loss is taken out before it is multiplied by 0.
         wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
         if user_weights is not None:
@@ -118,7 +122,7 @@ class LossRecorder:
 
     def weighed(self) -> npt.NDArray[np.bool_]:
         """Which places were weighed, ``[num_local]``. Waits for the device."""
-        found = np.zeros(len(self._ids), dtype=np.bool_)
+        found = np.zeros(self._num_local, dtype=np.bool_)
         for bits in self._weighed.values():
             found |= bits[:-1].cpu().numpy()
         self.num_weighed = int(np.count_nonzero(found))
@@ -142,7 +146,7 @@ class LossRecorder:
         """The losses, ``[num_local]``: NaN where there is none, infinity where it was not finite. A copy; waits for
         the device."""
         if self._losses is None:
-            return np.full(len(self._ids), np.nan, dtype=np.float32)
+            return np.full(self._num_local, np.nan, dtype=np.float32)
         return self._losses[:-1].to("cpu", copy=True).numpy()
 
     def taken(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -153,35 +157,44 @@ class LossRecorder:
 
     def strays(self) -> Strays:
         """What was weighed and should not have been. Waits for the device."""
-        found = _no_strays() if self._strays is None else self._strays
-        return Strays(*found.tolist())
+        return _NO_STRAYS if self._strays is None else Strays(*self._strays.tolist())
 
     def _places(self, batch: torch.Tensor, num_given: int | None) -> torch.Tensor:
-        """The place of each id, ``len(self._ids)`` where it is not planned; they are noted as weighed."""
+        """The place of each id, ``self._num_local`` where it is not planned; they are noted as weighed."""
         if (places := self._places_again(batch)) is not None:
             return places
         ids, start = batch.detach().to(torch.int64), self._next
+        end = start + len(ids)
         is_host = ids.device.type == "cpu"
-        is_next = is_host and torch.equal(self._ids[start : start + len(ids)], ids)
+        is_next = is_host and torch.equal(self._ids[start:end], ids)
         if is_next and self._has_pads:
-            is_next = not bool(self._bits(ids.device)[start : start + len(ids)].any())
-        places = torch.arange(start, start + len(ids), device=ids.device)
+            is_next = not bool(self._bits(ids.device)[start:end].any())
+        places = torch.arange(start, end, device=ids.device)
         if not is_next:
             places = self._match(ids, places)
-        if not is_next or (num_given is not None and num_given < start + len(ids)):
-            if is_host and self._is_strict and bool((places == len(self._ids)).any()):
-                raise _unknown_ids(ids[places == len(self._ids)].tolist())
+        if not is_next or (num_given is not None and num_given < end):
+            if is_host and self._is_strict and bool((places == self._num_local).any()):
+                raise _unknown_ids(ids[places == self._num_local].tolist())
             self._note_strays(ids, places, num_given)
         self._remember(batch, places)
-        self._next = min(start + len(ids), len(self._ids))
-        bits = self._bits(ids.device)
-        if is_host:
-            new = places[~bits[places]]
-            self.num_weighed += int(new[new < len(self._ids)].unique().numel())
-        else:
-            self.num_weighed = min(self.num_weighed + len(ids), len(self._ids))
-        bits[places] = True
+        self._next = min(end, self._num_local)
+        self._note_weighed(places, start if is_next else None)
         return places
+
+    def _note_weighed(self, places: torch.Tensor, start: int | None) -> None:
+        """Set the bits of places, which follow each other from ``start`` on where that is given."""
+        bits = self._bits(places.device)
+        if start is not None:
+            here = bits.numpy()[start : start + len(places)]  # on the host, where this is faster
+            self.num_weighed += here.size - int(np.count_nonzero(here))
+            here[:] = True
+        elif places.device.type == "cpu":
+            new = places[~bits[places]]
+            self.num_weighed += int(new[new < self._num_local].unique().numel())
+            bits[places] = True
+        else:
+            self.num_weighed = min(self.num_weighed + len(places), self._num_local)
+            bits[places] = True
 
     def _places_again(self, batch: torch.Tensor) -> torch.Tensor | None:
         """The places of a batch that is weighed again (a closure, a second pass): the same tensor, unchanged."""
@@ -199,12 +212,12 @@ class LossRecorder:
         """The expected place where the id is the planned one, which tells a pad from its sample; else by search."""
         table = self._table(ids.device)
         places = table.find(ids)
-        if len(self._ids) == 0:
+        if self._num_local == 0:
             return places
-        planned = table.ids[expected.clamp(max=len(self._ids) - 1)]
-        is_in_order = (planned == ids) & (expected < len(self._ids))
+        planned = table.ids[expected.clamp(max=self._num_local - 1)]
+        is_in_order = (planned == ids) & (expected < self._num_local)
         if self._has_pads:  # by chance, a pad would be taken for its sample, or a sample twice
-            is_weighed = self._bits(ids.device)[expected.clamp(max=len(self._ids))]
+            is_weighed = self._bits(ids.device)[expected.clamp(max=self._num_local)]
             is_in_order = is_in_order.all() & ~is_weighed.any()
             places = self._with_pads(ids, places)
         return torch.where(is_in_order, expected, places)
@@ -214,11 +227,11 @@ class LossRecorder:
         table, bits = self._table(ids.device), self._bits(ids.device)
         pads = table.find_pads(ids)
         is_again = (ids[:, None] == ids[None, :]).tril(-1).any(dim=1) | bits[places]
-        return torch.where(is_again & (pads < len(self._ids)) & ~bits[pads], pads, places)
+        return torch.where(is_again & (pads < self._num_local) & ~bits[pads], pads, places)
 
     def _note_strays(self, ids: torch.Tensor, places: torch.Tensor, num_given: int | None) -> None:
         """Remember, on the device, what should not have come; reading it here would make the host wait."""
-        is_unknown = places == len(self._ids)
+        is_unknown = places == self._num_local
         low = torch.where(is_unknown, ids, _NO_ID.max).amin()
         high = torch.where(is_unknown, ids, _NO_ID.min).amax()
         not_given = torch.zeros_like(low)
@@ -238,12 +251,14 @@ class LossRecorder:
 
     def _bits(self, device: torch.device) -> torch.Tensor:
         if device not in self._weighed:
-            self._weighed[device] = torch.zeros(len(self._ids) + 1, dtype=torch.bool, device=device)
+            self._weighed[device] = torch.zeros(
+                self._num_local + 1, dtype=torch.bool, device=device
+            )
         return self._weighed[device]
 
     def _buffers(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self._losses is None or self._device_weights is None:
-            self._losses = torch.full((len(self._ids) + 1,), torch.nan, device=device)
+            self._losses = torch.full((self._num_local + 1,), torch.nan, device=device)
             self._device_weights = torch.cat([self._weights, torch.zeros(1)]).to(device)
         elif self._losses.device != device:
             self._losses = self._losses.to(device)
@@ -252,10 +267,6 @@ class LossRecorder:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_batches": {}}  # the tensors of other processes are others
-
-
-def _no_strays() -> torch.Tensor:
-    return torch.tensor([_NO_ID.max, _NO_ID.min, 0])
 
 
 def _version(tensor: torch.Tensor) -> int:
