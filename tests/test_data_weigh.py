@@ -150,7 +150,7 @@ def test_a_pruned_sample_is_unknown_and_weighing_comes_after_planning() -> None:
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed", "tokens", "own weights"])
-def test_the_expectation_over_all_plans_is_the_full_run(kind: str) -> None:
+def test_d23_the_expectation_over_all_plans_is_the_full_run(kind: str) -> None:
     """Every plan of seven samples, four of which may be left out, with its probability: sums are not estimated."""
     ratio, batch_size = 0.3, 2
     losses = torch.tensor([0.2, 0.4, 0.1, 0.3, 2.0, 5.0, 3.0], dtype=torch.float64)
