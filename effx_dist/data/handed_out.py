@@ -19,7 +19,7 @@ from effx_dist.data.plan import EpochPlan
 from effx_dist.data.surroundings import Surroundings
 from effx_dist.errors import ConfigError, LayoutMismatchError
 
-_BLOCK_BATCHES = 256
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ class HandedOut(Iterator[int]):
         filler = int(ids[0]) if len(ids) else 0
         for _ in range(self._num_before):
             yield filler
-        block = self._batch_size * _BLOCK_BATCHES
-        if self._batch_size == 1:
-            block *= 16
+        block = max(1, _BLOCK // self._batch_size) * self._batch_size
         for start in range(0, len(self._places), block):
             batches = ids[self._places[start : start + block]]
             if self._num_times > 1:

@@ -106,6 +106,14 @@ class _Kept:
     """Number of samples that lower ranks keep."""
 
 
+@dataclass(frozen=True, eq=False)
+class Recalled:
+    """An epoch's keep rule and slots for this rank's own samples, as they were when it was planned."""
+
+    kept: _Kept
+    slots: OwnedSlots
+
+
 class Planner:
     """Plans epochs for one rank. Every method is a collective of the ranks; scores are read, not changed."""
 
@@ -143,19 +151,14 @@ class Planner:
         kept_ones = _Kept(epoch, pruned, threshold, role, before)
         return self._build(kept_ones, span, self._slots(kept_ones, span))
 
-    def resume(self, unfinished: Unfinished, book: ScoreBook) -> EpochPlan:
+    def resume(self, unfinished: Unfinished, recalled: Recalled, book: ScoreBook) -> EpochPlan:
         """Plan what is left of an epoch that was planned from the same scores, in any layout of ranks.
 
         What was weighed is what has a loss in ``book.fresh``, and what lies before ``unfinished.position``. Where that
         is all the slots up to there and no other, the rest of the epoch is what it would have been, bit for bit;
-        else what is left is planned anew.
-
-        Raises:
-            LayoutMismatchError: The scores are not those that the epoch was planned from.
+        else what is left is planned anew. ``recalled``: see `recall`.
         """
-        kept = self._kept_again(unfinished, book)
-        span = unfinished.span
-        slots = self._slots(kept, span)
+        span, kept, slots = unfinished.span, recalled.kept, recalled.slots
         is_weighed = ~np.isnan(book.fresh[slots.offsets])
         last = np.array([slots.slots[is_weighed].max(initial=-1)], dtype=np.int64)
         self.ranks.group.all_reduce(torch.from_numpy(last), "max")
@@ -177,8 +180,12 @@ class Planner:
         role = roles(book.scores, ranks.owned_start, threshold, config.prune_ratio, key)
         return threshold, role
 
-    def _kept_again(self, unfinished: Unfinished, book: ScoreBook) -> _Kept:
-        """What was kept when the epoch was planned. One all-reduce, and those of the threshold."""
+    def recall(self, unfinished: Unfinished, book: ScoreBook) -> Recalled:
+        """What was kept when the epoch was planned, and in which slots. One all-reduce, and those of the threshold.
+
+        Raises:
+            LayoutMismatchError: The scores are not those that the epoch was planned from.
+        """
         epoch, pruned = unfinished.epoch, unfinished.pruned
         threshold, role = self._roles(epoch, pruned, book)
         before, num_kept = exclusive_scan(int(np.count_nonzero(role)), self.ranks.group)
@@ -187,20 +194,25 @@ class Planner:
                 f"the scores keep {num_kept} samples in epoch {epoch}, the state says {unfinished.span.num_kept}: they "
                 "do not belong together; load the scores and the rest of the state from one checkpoint"
             )
-        return _Kept(epoch, pruned, threshold, role, before)
+        kept = _Kept(epoch, pruned, threshold, role, before)
+        return Recalled(kept, self._slots(kept, unfinished.span))
 
-    def planned_before(self, unfinished: Unfinished, book: ScoreBook) -> OwnedSlots:
+    def planned_before(
+        self, unfinished: Unfinished, recalled: Recalled, book: ScoreBook
+    ) -> OwnedSlots:
         """This rank's own samples in the plan that ``unfinished`` tells of, and the slots that they had there.
 
-        The all-reduces of the threshold, and one or two more.
+        One all-reduce, where that plan was of a rest.
         """
-        kept = self._kept_again(unfinished, book)
-        slots = self._slots(kept, unfinished.span)
+        slots = recalled.slots
         if unfinished.rest is None:
             return slots.within(unfinished.span)
         is_weighed = ~np.isnan(book.fresh[slots.offsets])
         left = self._left(slots, is_weighed, unfinished.span.first, unfinished.rest.bound)
-        return self._rest_slots(kept.epoch, left, unfinished.rest.span).within(unfinished.rest.span)
+        before, _ = exclusive_scan(len(left), self.ranks.group)
+        return self._rest_slots(unfinished.epoch, left, before, unfinished.rest.span).within(
+            unfinished.rest.span
+        )
 
     def _slots(self, kept: _Kept, span: Span) -> OwnedSlots:
         key = stream_key(self.config.seed, kept.epoch, _ORDER)
@@ -212,9 +224,10 @@ class Planner:
         """Offsets of what was not weighed, in slots from ``first`` to ``bound``."""
         return slots.offsets[~is_weighed & (slots.slots >= first) & (slots.slots < bound)]
 
-    def _rest_slots(self, epoch: int, left: npt.NDArray[np.int64], span: Span) -> OwnedSlots:
-        """What is left, permuted over the slots of its own span. One all-reduce."""
-        before, _ = exclusive_scan(len(left), self.ranks.group)
+    def _rest_slots(
+        self, epoch: int, left: npt.NDArray[np.int64], before: int, span: Span
+    ) -> OwnedSlots:
+        """What is left, permuted over the slots of its own span; lower ranks have ``before`` of it."""
         key = stream_key(self.config.seed, epoch, _REST, span.num_kept)
         return OwnedSlots.place(left, before, span.num_slots, key)
 
@@ -226,19 +239,19 @@ class Planner:
         batches, group = self.ranks.batches, self.ranks.group
         bound = span.end if self.config.drop_last else span.num_slots
         left = self._left(slots, is_weighed, span.first, bound)
-        _, num_left = exclusive_scan(len(left), group)
+        before, num_left = exclusive_scan(len(left), group)
         is_same = span.global_batch == batches.global_batch
         if self.config.drop_last and num_left % (
             batches.micro_step if is_same else batches.global_batch
         ):
             bound = span.num_slots
             left = self._left(slots, is_weighed, span.first, bound)
-            _, num_left = exclusive_scan(len(left), group)
+            before, num_left = exclusive_scan(len(left), group)
             is_same = False
         rest = Span.of_epoch(num_left, batches, self.config.drop_last)
         if is_same and self.config.drop_last:
             rest = replace(rest, end=num_left)  # the end of an accumulation that had begun
-        owned = self._rest_slots(kept.epoch, left, rest)
+        owned = self._rest_slots(kept.epoch, left, before, rest)
         return self._build(kept, span, slots, Rest(bound, rest), owned)
 
     def _build(

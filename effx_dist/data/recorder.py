@@ -14,6 +14,11 @@ from effx_dist.errors import ConfigError
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NO_ID = torch.iinfo(torch.int64)
+HOW_IDS_TRAVEL = (
+    "pass the ids that the sampler gave for this batch (with_sample_ids puts them into it), and weigh a batch before "
+    "the next epoch begins"
+)
+"""What an error about ids says that one should do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,6 +305,5 @@ def as_ids(sample_ids: torch.Tensor | Sequence[int], losses: torch.Tensor) -> to
 def _unknown_ids(ids: list[int]) -> ConfigError:
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
     return ConfigError(
-        f"sample_ids {shown}: not among the samples that this rank has in this epoch; pass the ids that the sampler "
-        "gave for this batch (with_sample_ids puts them into it), and weigh a batch before the next epoch begins"
+        f"sample_ids {shown}: not among the samples that this rank has in this epoch; {HOW_IDS_TRAVEL}"
     )

@@ -12,7 +12,7 @@ import torch
 
 from effx_dist.data.lookup import look_up
 from effx_dist.data.peers import Peers
-from effx_dist.data.plan import EpochPlan, Planner, Unfinished
+from effx_dist.data.plan import EpochPlan, Planner, Recalled, Unfinished
 from effx_dist.data.scores import ScoreBook
 from effx_dist.data.slots import Owners
 from effx_dist.data.state import Counters, SamplerState
@@ -77,14 +77,17 @@ def _go_on(loaded: SamplerState, planner: Planner, peers: Peers) -> Loaded:
     book, counters, unfinished = loaded.book, loaded.counters, loaded.unfinished
     if unfinished is None:
         return Loaded(book, counters, None)
+    recalled = planner.recall(unfinished, book)
     if loaded.version == 1:  # it has counted them already
         found = torch.tensor([int(np.isinf(book.fresh).sum())])
         counters.num_nonfinite -= int(planner.ranks.group.all_reduce(found)[0])
     else:
         position, message = _position(loaded, unfinished, planner, peers)
-        _receive(loaded, unfinished, planner, peers)
+        _receive(loaded, unfinished, recalled, planner, peers)
         unfinished = replace(unfinished, position=position)
-    return Loaded(book, counters, planner.resume(unfinished, book), loaded.has_ended, message)
+    return Loaded(
+        book, counters, planner.resume(unfinished, recalled, book), loaded.has_ended, message
+    )
 
 
 def _position(
@@ -110,12 +113,14 @@ def _position(
     return unfinished.span.first + num_steps * layout.micro_step, message
 
 
-def _receive(loaded: SamplerState, unfinished: Unfinished, planner: Planner, peers: Peers) -> None:
+def _receive(
+    loaded: SamplerState, unfinished: Unfinished, recalled: Recalled, planner: Planner, peers: Peers
+) -> None:
     """Losses that were recorded go to the owners of their samples. Two all-to-alls, and two a group of peers."""
     if not loaded.num_local:
         return
     book, ranks, layout = loaded.book, planner.ranks, loaded.layout
-    owned = planner.planned_before(unfinished, book)
+    owned = planner.planned_before(unfinished, recalled, book)
     first = 0 if unfinished.rest is not None else unfinished.span.first
     saver, place = layout.place(owned.slots - first)
     holders = Owners(loaded.num_local * layout.size, ranks.group.size)

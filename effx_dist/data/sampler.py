@@ -23,7 +23,7 @@ from effx_dist.data.scores import ScoreBook
 from effx_dist.data.slots import Ranks, Span, whole_number
 from effx_dist.data.state import Counters
 from effx_dist.data.verdict import of_epoch, of_next, of_strays
-from effx_dist.errors import ConfigError, PlanNotTrainedError
+from effx_dist.errors import ConfigError
 from effx_dist.shard import Group
 
 if TYPE_CHECKING:
@@ -347,9 +347,8 @@ class InfoBatchSampler(SavedSampler):
 
     def _refuse(self, text: str) -> None:
         """Raise what is the same on every rank; with ``strict=False``, warn."""
-        if self.config.strict:
-            raise PlanNotTrainedError(text)
-        self._messages.out_of_plan(self.group, text)
+        if (error := self._error_of(text)) is not None:
+            raise error
 
     def _judge(self, run: EpochRun, next_epoch: int) -> list[Tally]:
         """All ranks' tallies of an epoch that ends, if it was trained as planned. One small gather, and one a group of

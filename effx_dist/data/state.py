@@ -74,25 +74,23 @@ class SamplerState:
         states: Sequence[Mapping[str, Any]],
         ranks: Ranks,
         config: dict[str, Any],
-        has_losses: bool = True,
+        is_reporter: bool = True,
         by_id: bool = False,
     ) -> SamplerState:
         """The way back, from the dict of every old rank, or one whose rows cover all that this rank asks for. Of a
         sequence of as many as saved, only those are looked at that overlap it, so it may read them from files.
 
         Args:
-            states: What `to_dict` gave.
+            states: What `state_of` gave; at least one.
             ranks: Who owns what now.
             config: The settings of now.
-            has_losses: Whether this rank's losses count; else rows of them may be missing.
+            is_reporter: Whether this rank's losses count (see `Peers`); else rows of them may be missing.
             by_id: Whether the state may be of another data set; its scores are then this rank's share of all.
 
         Raises:
             ConfigError: The state is of another version or run (another seed, prune_ratio, ...), or is malformed.
             LayoutMismatchError: It is of another number of samples, or rows that this rank owns are missing.
         """
-        if not len(states):
-            raise ConfigError("states=[]: must hold the state of every rank that saved")
         rows = _SavedStates(states, ranks)
         state = rows.first(ranks.owned_start if not by_id else 0)
         check_form(state)
@@ -101,9 +99,9 @@ class SamplerState:
         scores = rows.read("scores", *_share(total, ranks))
         fresh = rows.read("fresh_losses", *_share(total, ranks))
         num_local, num_savers = state.get("num_local", 0), state.get("group_size", 0)
-        recorded = rows.read("recorded", *_share(num_local * num_savers, ranks), has_losses)
+        recorded = rows.read("recorded", *_share(num_local * num_savers, ranks), is_reporter)
         first, stop = _share(2 * num_savers, ranks)
-        progress = rows.read(_PROGRESS, first, stop, has_losses)
+        progress = rows.read(_PROGRESS, first, stop, is_reporter)
         check_states(rows.touched, total, config)
         book = ScoreBook(scores)
         book.fresh = fresh

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from effx_dist.data.epoch_run import EpochRun, Tally
 from effx_dist.data.plan import EpochPlan
-from effx_dist.data.recorder import Strays
+from effx_dist.data.recorder import HOW_IDS_TRAVEL, Strays
 
 
 def of_strays(epoch: int, strays: Strays) -> str | None:
@@ -15,9 +15,8 @@ def of_strays(epoch: int, strays: Strays) -> str | None:
         shown = f"{strays.low}" if strays.low == strays.high else f"{strays.low}, {strays.high}"
         return (
             f"epoch {epoch}: sample_ids {shown} were weighed, which are not among the samples that this rank has "
-            "in it; pass the ids that the sampler gave for this batch (with_sample_ids puts them into it), and "
-            "weigh a batch before the next epoch begins. Where batches are read on one process and dealt out "
-            "(dispatch_batches of accelerate), switch that off"
+            f"in it; {HOW_IDS_TRAVEL}. Where batches are read on one process and dealt out (dispatch_batches of "
+            "accelerate), switch that off"
         )
     if strays.num_not_given:
         return (
